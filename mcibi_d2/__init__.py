@@ -1,0 +1,23 @@
+"""MCIBI for Detectron2: a feature memory for any semantic segmentation framework.
+
+Importing this package registers, in Detectron2's registries, the meta-architecture
+``MCIBISegmentor``, the head ``MCIBIHead``, the backbone ``build_timm_backbone`` and the data sets.
+"""
+
+from importlib.util import find_spec
+
+if find_spec("detectron2") is None:
+    raise ImportError(
+        "mcibi_d2 needs Detectron2, which is not installed. Either `make install` in a checkout of "
+        "mcibi_d2 (a wheel from PyPI, no compiler needed), or `pip install --no-build-isolation "
+        "git+https://github.com/facebookresearch/detectron2.git` (compiles it)."
+    )
+
+from . import modeling  # noqa: E402  registers the meta-architecture, the head and the backbone
+from .config import add_mcibi_config  # noqa: E402
+from .data import register_all_datasets  # noqa: E402
+from .errors import InputError  # noqa: E402
+
+register_all_datasets()
+
+__all__ = ["InputError", "add_mcibi_config", "modeling", "register_all_datasets"]

@@ -1,0 +1,80 @@
+"""Every config key that this project adds to Detectron2's."""
+
+from detectron2.config import CfgNode as CN
+
+
+def add_mcibi_config(cfg: CN) -> None:
+    """Add the keys of MCIBI, with the paper's defaults, to a config of ``get_cfg()``.
+
+    Ordinary things stay on Detectron2's own keys: ``MODEL.SEM_SEG_HEAD.{NAME, IN_FEATURES,
+    NUM_CLASSES, CONVS_DIM, NORM, IGNORE_VALUE, LOSS_WEIGHT}``, ``INPUT.*``, ``SOLVER.*``,
+    ``DATALOADER.*``, ``TEST.*``.
+    """
+    # --- The method. Sections and equations are the paper's.
+    cfg.MODEL.MCIBI = CN()
+    # False is the plain framework: the baseline differs in this key alone.
+    cfg.MODEL.MCIBI.ENABLED = True
+    # F of Eq. 4: concat | add | weighted_add (Table 1).
+    cfg.MODEL.MCIBI.FUSION = "concat"
+    # Kernels of the projection to R' and of the concat fusion: 1 or 3.
+    cfg.MODEL.MCIBI.PROJECT_KERNEL = 3
+    cfg.MODEL.MCIBI.FUSE_KERNEL = 3
+    # Channels of query, key and value in Eq. 13-14: C / 2.
+    cfg.MODEL.MCIBI.ATTENTION_DIM = 256
+    # alpha and beta of Eq. 19.
+    cfg.MODEL.MCIBI.LOSS_WEIGHT_W = 0.4
+    cfg.MODEL.MCIBI.LOSS_WEIGHT_M = 1.0
+
+    cfg.MODEL.MCIBI.MEMORY = CN()
+    # How the rows start (section 3.2): random_pixel draws one pixel per class from the training
+    # set before the first iteration; first_batch_mean takes the mean of a class's pixels in the
+    # first batch that has them.
+    cfg.MODEL.MCIBI.MEMORY.INIT = "random_pixel"
+    # random_pixel stops when every class was seen, or after this many training images.
+    cfg.MODEL.MCIBI.MEMORY.INIT_MAX_IMAGES = 2000
+    # cosine: Eq. 9-10. mean: every pixel alike (Table 2). zero: a control without memory: the
+    # rows stay zero, and there is no memory loss.
+    cfg.MODEL.MCIBI.MEMORY.UPDATE = "cosine"
+    # m_0 and p of Eq. 7.
+    cfg.MODEL.MCIBI.MEMORY.MOMENTUM = 0.9
+    cfg.MODEL.MCIBI.MEMORY.POWER = 0.9
+
+    # --- The backbone `build_timm_backbone`.
+    cfg.MODEL.TIMM = CN()
+    # Any name of timm.list_models() that has features.
+    cfg.MODEL.TIMM.NAME = "resnet50c"
+    # Stride of the last feature: 8, 16 or 32, by dilation.
+    cfg.MODEL.TIMM.OUTPUT_STRIDE = 8
+    # timm's feature indices; index i is called res{i+1}.
+    cfg.MODEL.TIMM.OUT_INDICES = (3, 4)
+    # Take timm's weights from its hub. Not looked at when MODEL.WEIGHTS names a file.
+    cfg.MODEL.TIMM.PRETRAINED = True
+    # BN | SyncBN | FrozenBN. SyncBN is plain BN on one process and on the CPU.
+    cfg.MODEL.TIMM.NORM = "SyncBN"
+
+    # --- The head, beside Detectron2's keys.
+    # Dropout2d before every classifier.
+    cfg.MODEL.SEM_SEG_HEAD.DROPOUT = 0.1
+    # Feature of the auxiliary FCN head; "" for none.
+    cfg.MODEL.SEM_SEG_HEAD.AUX_FEATURE = "res4"
+    cfg.MODEL.SEM_SEG_HEAD.AUX_LOSS_WEIGHT = 0.4
+    # One weight per class for the cross-entropies over pixels; empty: all alike.
+    cfg.MODEL.SEM_SEG_HEAD.CLASS_WEIGHTS = []
+
+    # --- Training.
+    # Learning rate of the head, as a multiple of the backbone's.
+    cfg.SOLVER.HEAD_LR_FACTOR = 1.0
+    # SOLVER.LR_SCHEDULER_NAME WarmupPolyLR: (1 - iteration / MAX_ITER) ** POWER, and never below
+    # CONSTANT_ENDING, as a share of BASE_LR.
+    cfg.SOLVER.POLY_LR_POWER = 0.9
+    cfg.SOLVER.POLY_LR_CONSTANT_ENDING = 0.0
+    # Of SOLVER.AMP.ENABLED: float16 (with a gradient scaler) or bfloat16.
+    cfg.SOLVER.AMP.PRECISION = "float16"
+
+    # --- Augmentation.
+    # Random scale, as a factor of the image's own size; (1.0, 1.0) for none.
+    cfg.INPUT.SCALE_RANGE = (0.5, 2.0)
+    # No class takes more than this share of a crop, if ten tries find such a crop. 1.0: no limit.
+    cfg.INPUT.CROP.SINGLE_CATEGORY_MAX_AREA = 1.0
+    # Brightness, contrast, saturation and hue.
+    cfg.INPUT.COLOR_AUG_SSD = True

@@ -1,0 +1,17 @@
+"""Training: the trainer, its step, its hooks, its checkpoints, and how it is launched."""
+
+from .checkpoint import Checkpointer
+from .launch import launch
+from .memory_hooks import MemoryInitHook, MemoryUpdateHook
+from .setup import load_config, setup
+from .trainer import Trainer
+
+__all__ = [
+    "Checkpointer",
+    "MemoryInitHook",
+    "MemoryUpdateHook",
+    "Trainer",
+    "launch",
+    "load_config",
+    "setup",
+]

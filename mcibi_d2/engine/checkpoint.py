@@ -1,0 +1,151 @@
+"""Checkpoints: written whole or not at all, and loaded with a word about what fits."""
+
+import os
+import re
+from collections.abc import Iterable
+
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from torch import nn
+
+from ..errors import InputError
+
+# Where timm's own keys are found in our models.
+_TIMM_PREFIX = "backbone.net."
+
+
+class Checkpointer(DetectionCheckpointer):
+    """Detectron2's checkpointer, made safe.
+
+    - Files are written under a temporary name and renamed when complete, so that an interrupted
+      save leaves the last checkpoint as it was.
+    - Backbone state dicts with timm's names are accepted as they are.
+    - A file that is not of this model is an error, instead of a network that is silently
+      untrained.
+
+    Args:
+        model: to save and load.
+        save_dir: folder of the checkpoints.
+        save_to_disk: default: on the main process only.
+        checkpointables: other objects with ``state_dict``, saved beside the model.
+    """
+
+    def __init__(self, model: nn.Module, save_dir: str = "", *, save_to_disk=None, **checkpointables):
+        super().__init__(model, save_dir, save_to_disk=save_to_disk, **checkpointables)
+        # What `load` was called with, for the steps in between.
+        self._path, self._strict = "", False
+
+    def save(self, name: str, **kwargs) -> None:
+        """Write ``<save_dir>/<name>.pth`` and make it the last checkpoint.
+
+        Args:
+            name: without suffix.
+            kwargs: further things to store.
+        """
+        if not self.save_dir or not self.save_to_disk:
+            return
+        data = {"model": self.model.state_dict()}
+        data.update((key, part.state_dict()) for key, part in self.checkpointables.items())
+        data.update(kwargs)
+        path = os.path.join(self.save_dir, f"{name}.pth")
+        self.logger.info(f"Saving checkpoint to {path}")
+        with open(f"{path}.tmp", "wb") as file:
+            torch.save(data, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(f"{path}.tmp", path)
+        self.tag_last_checkpoint(f"{name}.pth")
+
+    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
+        """Name the file that ``--resume`` starts from."""
+        path = os.path.join(self.save_dir, "last_checkpoint")
+        with open(f"{path}.tmp", "w") as file:
+            file.write(last_filename_basename)
+        os.replace(f"{path}.tmp", path)
+
+    def load(self, path: str, checkpointables: list[str] | None = None, *, strict: bool = False):
+        """Load a checkpoint of ours, a timm state dict, or a Detectron2 pickle.
+
+        Args:
+            path: of the file; "" for nothing.
+            checkpointables: which other objects to restore; default: all that are there.
+            strict: whether every tensor of the model must be in the file, with its shape; used
+                for evaluation and for resuming. Otherwise tensors of the head may be left out,
+                as for another number of classes, which the log says.
+
+        Returns:
+            What the file holds beside the model.
+        """
+        self._path, self._strict = path, strict
+        if path and "://" not in path and not os.path.isfile(path):
+            raise InputError(f"MODEL.WEIGHTS: {path}: no such file, expected a checkpoint")
+        return super().load(path, checkpointables)
+
+    def resume_or_load(self, path: str, *, resume: bool = True, strict: bool = False):
+        """Restore the last checkpoint with everything, or load ``path`` into the model alone."""
+        if resume and self.has_checkpoint():
+            return self.load(self.get_checkpoint_file(), strict=True)
+        return self.load(path, checkpointables=[], strict=strict)
+
+    def _load_file(self, filename: str) -> dict:
+        try:
+            loaded = super()._load_file(filename)
+        except InputError:
+            raise
+        except Exception as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else ""
+            raise InputError(
+                f"{filename}: cannot be read as a checkpoint "
+                f"({type(error).__name__}: {reason[:120]})"
+            ) from error
+        state = loaded.get("model")
+        if not isinstance(state, dict) or not state:
+            raise InputError(
+                f"{filename}: holds no state dict, expected a checkpoint of this project, "
+                f"of timm, or of Detectron2"
+            )
+        own = tuple(f"{name}." for name, _ in self.model.named_children())
+        timm_names = {
+            key[len(_TIMM_PREFIX) :]
+            for key in self.model.state_dict()
+            if key.startswith(_TIMM_PREFIX)
+        }
+        if timm_names & state.keys() and not any(key.startswith(own) for key in state):
+            loaded["model"] = {_TIMM_PREFIX + key: value for key, value in state.items()}
+        return loaded
+
+    def _load_model(self, checkpoint: dict):
+        incompatible = super()._load_model(checkpoint)
+        wrong = {key for key, *_ in incompatible.incorrect_shapes}
+        missing = _without_counters(set(incompatible.missing_keys) | wrong)
+        expected = _without_counters(self.model.state_dict())
+        of_backbone = [key for key in missing if key.startswith("backbone.")]
+        if self._strict and missing:
+            raise InputError(
+                f"{self._path}: not a checkpoint of this model: {len(missing)} of "
+                f"{len(expected)} tensors are not in it or have another shape, such as "
+                f"{_some(missing)}"
+            )
+        if of_backbone:
+            count = sum(key.startswith("backbone.") for key in expected)
+            raise InputError(
+                f"{self._path}: not weights for this model: {len(of_backbone)} of {count} tensors "
+                f"of the backbone are not in it or have another shape, such as "
+                f"{_some(of_backbone)}"
+            )
+        if wrong:
+            self.logger.warning(
+                f"Left out, because their shape is another (another number of classes?): "
+                f"{_some(wrong, 20)}"
+            )
+        return incompatible
+
+
+def _without_counters(keys: Iterable[str]) -> list[str]:
+    """Without the batch norms' counters, which Detectron2's and older files lack."""
+    return sorted(key for key in keys if not re.search(r"num_batches_tracked$", key))
+
+
+def _some(keys: Iterable[str], most: int = 3) -> str:
+    keys = sorted(keys)
+    return ", ".join(keys[:most]) + (", ..." if len(keys) > most else "")

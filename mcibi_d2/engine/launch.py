@@ -1,0 +1,92 @@
+"""Start one process or several: by Detectron2's launcher or under torchrun."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from detectron2.config import CfgNode
+from detectron2.engine import launch as detectron2_launch
+from detectron2.utils import comm
+from torch.multiprocessing import ProcessExitedException
+
+from ..errors import InputError
+
+
+def launch(
+    main: Callable[[argparse.Namespace, CfgNode], object],
+    setup: Callable[[argparse.Namespace], CfgNode],
+    args: argparse.Namespace,
+) -> None:
+    """Run ``main(args, setup(args))`` in as many processes as asked for.
+
+    Under ``torchrun`` this process is one of them. Else Detectron2's launcher starts
+    ``--num-gpus`` processes on each of ``--num-machines`` machines: with NCCL on GPUs, with gloo
+    where ``MODEL.DEVICE`` is the CPU.
+
+    An :class:`InputError` ends the program with its sentence and status 1, without a traceback.
+
+    Args:
+        main: what each process does.
+        setup: makes the config; called once, before any process is started.
+        args: of Detectron2's ``default_argument_parser``.
+    """
+    try:
+        under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
+        if under_torchrun:
+            local_size = int(os.environ["LOCAL_WORLD_SIZE"])
+            args.num_gpus = local_size
+            args.num_machines = int(os.environ["WORLD_SIZE"]) // local_size
+            args.machine_rank = int(os.environ["RANK"]) // local_size
+        cfg = setup(args)
+        on_cpu = torch.device(cfg.MODEL.DEVICE).type == "cpu"
+        if under_torchrun:
+            _join(int(os.environ["LOCAL_RANK"]), args.num_gpus, on_cpu)
+            _guarded(main, args, cfg)
+            dist.destroy_process_group()
+            return
+        if on_cpu:
+            # Detectron2 takes NCCL wherever it sees a GPU.
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""
+            if args.num_gpus > 1 and "OMP_NUM_THREADS" not in os.environ:
+                # Else every process takes every core.
+                os.environ["OMP_NUM_THREADS"] = str(max(1, os.cpu_count() // args.num_gpus))
+        detectron2_launch(
+            _guarded,
+            args.num_gpus,
+            num_machines=args.num_machines,
+            machine_rank=args.machine_rank,
+            dist_url=args.dist_url,
+            args=(main, args, cfg),
+        )
+    except InputError as error:
+        sys.exit(f"error: {_sentence(error)}")
+    except ProcessExitedException:
+        sys.exit(1)  # the process has said why
+
+
+def _guarded(main: Callable, args: argparse.Namespace, cfg: CfgNode) -> None:
+    try:
+        main(args, cfg)
+    except InputError as error:
+        print(f"error: {_sentence(error)}", file=sys.stderr, flush=True)
+        # Not an exception: that would print a traceback. Not a clean exit: other processes wait.
+        os._exit(1) if comm.get_world_size() > 1 else sys.exit(1)
+
+
+def _sentence(error: InputError) -> str:
+    """The message alone; a data loader's worker sends its whole traceback along."""
+    return str(error).strip().splitlines()[-1].removeprefix(
+        f"{InputError.__module__}.{InputError.__qualname__}: "
+    )
+
+
+def _join(local_rank: int, local_size: int, on_cpu: bool) -> None:
+    """Make this torchrun process a member of Detectron2's process groups."""
+    if not on_cpu:
+        torch.cuda.set_device(local_rank)
+    dist.init_process_group("gloo" if on_cpu else "nccl")
+    comm.create_local_process_group(local_size)
+    comm.synchronize()

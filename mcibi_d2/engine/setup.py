@@ -1,0 +1,159 @@
+"""From the command line to a config that can be trained: every mistake is said before training."""
+
+import argparse
+import difflib
+import os
+import tempfile
+
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import CfgNode, get_cfg
+from detectron2.data import DatasetCatalog, MetadataCatalog
+
+from ..config import add_mcibi_config
+from ..errors import InputError
+from ..modeling.fusion import FUSIONS
+from ..modeling.memory import UPDATES
+from .train_step import PRECISIONS
+
+INITS = ("random_pixel", "first_batch_mean")
+
+
+def load_config(config_file: str = "", options: list[str] | None = None) -> CfgNode:
+    """Detectron2's defaults, this project's keys, a file, and ``KEY VALUE`` options.
+
+    Args:
+        config_file: YAML; "" for none.
+        options: keys and values in turn.
+
+    Raises:
+        InputError: naming the file or the option, and the key.
+    """
+    cfg = get_cfg()
+    add_mcibi_config(cfg)
+    known = _keys(cfg)
+    if config_file:
+        if not os.path.isfile(config_file):
+            raise InputError(f"--config-file {config_file}: no such file")
+        try:
+            cfg.merge_from_file(config_file)
+        except Exception as error:
+            raise InputError(f"{config_file}: {_explain(error, known)}") from error
+    try:
+        cfg.merge_from_list(list(options or []))
+    except Exception as error:
+        raise InputError(f"command line: {_explain(error, known)}") from error
+    return cfg
+
+
+def _keys(node: CfgNode, prefix: str = "") -> list[str]:
+    keys = []
+    for name, value in node.items():
+        keys.append(prefix + name)
+        if isinstance(value, CfgNode):
+            keys += _keys(value, f"{prefix}{name}.")
+    return keys
+
+
+def _explain(error: Exception, known: list[str]) -> str:
+    """One line of a yacs or YAML error, with the key that may have been meant."""
+    text = " ".join(str(error.args[0] if error.args else error).split())
+    key = text.rsplit(":", 1)[-1].strip().strip("'\"")
+    if "Non-existent" not in text and "non-existent" not in text:
+        return text
+    close = difflib.get_close_matches(key, known, n=1)
+    return text + (f"; did you mean {close[0]}?" if close else "")
+
+
+def setup(args: argparse.Namespace) -> CfgNode:
+    """The frozen config of a command line, checked against the machine and the data.
+
+    Args:
+        args: of Detectron2's ``default_argument_parser``.
+
+    Raises:
+        InputError: in one sentence, what is wrong.
+    """
+    cfg = load_config(args.config_file, args.opts)
+    resuming = args.resume and DetectionCheckpointer(
+        torch.nn.Module(), cfg.OUTPUT_DIR, save_to_disk=False
+    ).has_checkpoint()
+    if args.eval_only or resuming:
+        cfg.MODEL.TIMM.PRETRAINED = False
+    if args.eval_only and not resuming and not cfg.MODEL.WEIGHTS:
+        raise InputError("--eval-only needs MODEL.WEIGHTS <checkpoint>, or --resume")
+    cfg.freeze()
+    check_config(cfg, args.num_gpus * args.num_machines, train=not args.eval_only)
+    return cfg
+
+
+def check_config(cfg: CfgNode, world_size: int = 1, train: bool = True) -> None:
+    """Raise an :class:`InputError` for what would go wrong later.
+
+    Args:
+        cfg: to check.
+        world_size: number of processes.
+        train: whether the training set is used.
+    """
+    for key, value, allowed in (
+        ("MODEL.MCIBI.FUSION", cfg.MODEL.MCIBI.FUSION, FUSIONS),
+        ("MODEL.MCIBI.MEMORY.UPDATE", cfg.MODEL.MCIBI.MEMORY.UPDATE, UPDATES),
+        ("MODEL.MCIBI.MEMORY.INIT", cfg.MODEL.MCIBI.MEMORY.INIT, INITS),
+        ("MODEL.MCIBI.PROJECT_KERNEL", cfg.MODEL.MCIBI.PROJECT_KERNEL, (1, 3)),
+        ("MODEL.MCIBI.FUSE_KERNEL", cfg.MODEL.MCIBI.FUSE_KERNEL, (1, 3)),
+        ("SOLVER.AMP.PRECISION", cfg.SOLVER.AMP.PRECISION, PRECISIONS),
+        ("INPUT.FORMAT", cfg.INPUT.FORMAT, ("RGB", "BGR")),
+    ):
+        if value not in allowed:
+            raise InputError(f"{key} is {value!r}, expected one of {', '.join(map(str, allowed))}")
+    if torch.device(cfg.MODEL.DEVICE).type == "cuda" and not torch.cuda.is_available():
+        raise InputError(
+            f"MODEL.DEVICE is {cfg.MODEL.DEVICE!r}, but torch {torch.__version__} sees no GPU; add "
+            f"MODEL.DEVICE cpu to train on the CPU"
+        )
+    weights = cfg.MODEL.WEIGHTS
+    if weights and "://" not in weights and not os.path.isfile(weights):
+        raise InputError(f"MODEL.WEIGHTS: {weights}: no such file, expected a checkpoint")
+    reference = cfg.SOLVER.REFERENCE_WORLD_SIZE or world_size
+    if train and cfg.SOLVER.IMS_PER_BATCH % reference:
+        raise InputError(
+            f"SOLVER.IMS_PER_BATCH is {cfg.SOLVER.IMS_PER_BATCH}, expected a multiple of the "
+            f"{reference} processes"
+        )
+    _check_data(cfg, train)
+    _check_output(cfg.OUTPUT_DIR)
+
+
+def _check_data(cfg: CfgNode, train: bool) -> None:
+    """Every data set is known, has its folders, and as many classes as the head."""
+    if train and not cfg.DATASETS.TRAIN:
+        raise InputError("DATASETS.TRAIN is empty, expected the name of a data set")
+    for name in (*(cfg.DATASETS.TRAIN if train else ()), *cfg.DATASETS.TEST):
+        if name not in DatasetCatalog.list():
+            close = difflib.get_close_matches(name, DatasetCatalog.list(), n=3)
+            raise InputError(
+                f"DATASETS: {name!r} is not a registered data set"
+                + (f"; close: {', '.join(close)}" if close else "")
+            )
+        classes = MetadataCatalog.get(name).get("stuff_classes")
+        if classes is None:
+            raise InputError(f"data set {name} has no stuff_classes in its metadata")
+        if len(classes) != cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES:
+            raise InputError(
+                f"MODEL.SEM_SEG_HEAD.NUM_CLASSES is {cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES}, "
+                f"but {name} has {len(classes)} classes"
+            )
+        for record in DatasetCatalog.get(name)[:1]:
+            if "://" not in record["file_name"] and not os.path.isfile(record["file_name"]):
+                raise InputError(f"{record['file_name']}: no such file, but {name} lists it")
+
+
+def _check_output(folder: str) -> None:
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InputError(
+            f"OUTPUT_DIR: {folder}: cannot be written to ({error.strerror or error})"
+        ) from error

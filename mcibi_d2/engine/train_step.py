@@ -1,0 +1,123 @@
+"""One training step, on any device and in any precision, without waiting for the device."""
+
+import time
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from detectron2.engine import SimpleTrainer
+from detectron2.utils import comm
+from detectron2.utils.events import get_event_storage
+from torch import nn
+
+from ..errors import InputError
+
+PRECISIONS = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+class TrainStep(SimpleTrainer):
+    """Detectron2's ``SimpleTrainer`` with mixed precision on CPU and GPU, made reproducible.
+
+    Losses stay on the device until they are wanted: they are read, checked and logged every
+    ``log_period`` iterations and before anything is written or evaluated. A loss that is not
+    finite then stops the run, naming the loss, the iteration and the batch, before a checkpoint
+    could be written with its weights.
+
+    The random state of each iteration (dropout) is a function of the seed, the process and the
+    iteration, so that a resumed run goes on as if it had not been stopped.
+
+    Args:
+        model: gives a dict of losses; wrapped in DDP or not.
+        data_loader: yields batches, lists of records.
+        optimizer: of the model.
+        precision: None for float32, else ``float16`` (with a gradient scaler) or ``bfloat16``.
+        seed: of the run.
+        flush_periods: read the losses whenever the number of done iterations is a multiple of
+            one of these.
+        max_iter: ... or equal to this.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data_loader: Iterable,
+        optimizer: torch.optim.Optimizer,
+        *,
+        precision: str | None = None,
+        seed: int = 0,
+        flush_periods: Iterable[int] = (20,),
+        max_iter: int = 0,
+    ):
+        super().__init__(model, data_loader, optimizer)
+        self.seed = seed
+        self.max_iter = max_iter
+        self._flush_periods = [period for period in flush_periods if period > 0]
+        self._device = next(model.parameters()).device.type
+        self._precision = PRECISIONS[precision] if precision else None
+        self._scaler = torch.amp.GradScaler(self._device, enabled=precision == "float16")
+        self._names: list[str] = []
+        self._pending: list[tuple[int, list[str], torch.Tensor]] = []
+
+    def run_step(self) -> None:
+        """Load a batch, run the model forward and backward, and step."""
+        start = time.perf_counter()
+        batch = next(self._data_loader_iter)
+        get_event_storage().put_scalar("data_time", time.perf_counter() - start)
+
+        state = np.random.SeedSequence([self.seed, self.iter, comm.get_rank()]).generate_state(1)
+        torch.manual_seed(int(state[0]))
+        with torch.autocast(
+            self._device, dtype=self._precision, enabled=self._precision is not None
+        ):
+            losses = self.model(batch)
+        self.optimizer.zero_grad()
+        self._scaler.scale(sum(losses.values())).backward()
+        self._scaler.step(self.optimizer)
+        self._scaler.update()
+
+        self._names = list(losses)
+        values = torch.stack([value.detach().float() for value in losses.values()])
+        self._pending.append((self.iter, [x.get("file_name", "?") for x in batch], values))
+        done = self.iter + 1
+        if done == self.max_iter or any(done % period == 0 for period in self._flush_periods):
+            self.flush()
+
+    def flush(self) -> None:
+        """Read the losses of the iterations since the last time, check and log them.
+
+        Raises:
+            InputError: a loss was not finite.
+        """
+        if not self._pending:
+            return
+        iterations, files, values = zip(*self._pending, strict=True)
+        self._pending = []
+        values = torch.stack(values).cpu().numpy()
+        finite = np.isfinite(values)
+        if not finite.all():
+            row, column = np.argwhere(~finite)[0]
+            raise InputError(
+                f"{self._names[column]} became {values[row, column]} at iteration "
+                f"{iterations[row]}; the files of that batch are {', '.join(files[row])}; expected "
+                f"a finite loss (a lower SOLVER.BASE_LR, a warm-up, SOLVER.AMP.PRECISION bfloat16?)"
+            )
+        means = dict(zip(self._names, values.mean(axis=0).tolist(), strict=True))
+        of_all = comm.gather(means)
+        if comm.is_main_process():
+            storage = get_event_storage()
+            means = {name: float(np.mean([m[name] for m in of_all])) for name in means}
+            storage.put_scalar("total_loss", sum(means.values()))
+            storage.put_scalars(**means)
+
+    def state_dict(self) -> dict:
+        """Of the optimiser and the gradient scaler."""
+        state = super().state_dict()
+        if self._scaler.is_enabled():
+            state["grad_scaler"] = self._scaler.state_dict()
+        return state
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Restore the optimiser and the gradient scaler."""
+        super().load_state_dict(state_dict)
+        if self._scaler.is_enabled() and "grad_scaler" in state_dict:
+            self._scaler.load_state_dict(state_dict["grad_scaler"])

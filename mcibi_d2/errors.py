@@ -1,0 +1,8 @@
+"""The one error for what a user can mend: a config value, a file, a folder, a checkpoint."""
+
+
+class InputError(ValueError):
+    """A wrong input, said in one sentence: the file or key, what was found, what was expected.
+
+    ``train_net.py`` prints the sentence without a traceback.
+    """

@@ -1,0 +1,5 @@
+"""Evaluation of semantic segmentation."""
+
+from .evaluator import SemSegEvaluator
+
+__all__ = ["SemSegEvaluator"]

@@ -1,0 +1,16 @@
+"""The model: memory, attention, fusion, head, segmentor, backbones."""
+
+from .attention import Attention
+from .backbones import TimmBackbone, build_timm_backbone
+from .head import MCIBIHead
+from .memory import FeatureMemory
+from .segmentor import MCIBISegmentor
+
+__all__ = [
+    "Attention",
+    "FeatureMemory",
+    "MCIBIHead",
+    "MCIBISegmentor",
+    "TimmBackbone",
+    "build_timm_backbone",
+]

@@ -1,0 +1,253 @@
+"""The segmentation head: projection -> H1 -> memory -> attention -> fusion -> H2, and the losses."""
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from detectron2.config import configurable
+from detectron2.layers import ShapeSpec, get_norm
+from detectron2.modeling import SEM_SEG_HEADS_REGISTRY
+from torch import Tensor, nn
+
+from ..errors import InputError
+from .attention import Attention
+from .blocks import classifier, conv_norm_relu, resolve_norm
+from .fusion import FUSIONS
+from .memory import FeatureMemory
+
+
+@SEM_SEG_HEADS_REGISTRY.register()
+class MCIBIHead(nn.Module):
+    """Classify each pixel from its own features and what the memory holds of its likely classes.
+
+    The paper's Figure 2, for a backbone feature R::
+
+        R'    = conv-BN-ReLU(R)                  projection to 512 channels
+        W     = softmax(H1(R'))                  Eq. 11
+        C_bi  = attention(R', W M)               Eq. 12-14
+        R_aug = F(R', C_bi)                      Eq. 4
+        O     = H2(R_aug)                        Eq. 5 without its up-sampling
+
+    With ``enabled=False`` it is the plain FCN head: projection, dropout, 1x1 convolution.
+
+    The contract is that of Detectron2's heads: in training it returns ``(None, losses)``, else
+    ``(logits, {})`` with the logits at the stride of the feature. Losses, each an average:
+
+    - ``loss_o``: cross-entropy of O, over valid pixels (Eq. 18);
+    - ``loss_w``: cross-entropy of H1, over valid pixels, times ``loss_weight_w`` (Eq. 16);
+    - ``loss_m``: cross-entropy of H2 on the initialised memory rows, times ``loss_weight_m``
+      (Eq. 15 and 17); not there for a memory held at zero;
+    - ``loss_aux``: cross-entropy of an FCN head on ``aux_feature``, over valid pixels, times
+      ``aux_loss_weight``.
+
+    A batch without valid pixels gives losses of 0, with gradients of 0.
+
+    Args:
+        input_shape: the backbone's ``output_shape()``.
+        in_feature: name of the backbone feature R.
+        num_classes: K.
+        channels: of R' and of the memory.
+        attention_dim: channels of query, key and value.
+        enabled: with or without everything that the memory is for.
+        fusion: ``concat`` | ``add`` | ``weighted_add`` (Table 1).
+        project_kernel: kernel of the projection, 1 or 3.
+        fuse_kernel: kernel of the concat fusion, 1 or 3.
+        dropout: probability of Dropout2d before each classifier.
+        norm: name for ``detectron2.layers.get_norm``.
+        memory_update: see :class:`FeatureMemory`.
+        loss_weight: weight of ``loss_o``.
+        loss_weight_w: alpha of Eq. 19.
+        loss_weight_m: beta of Eq. 19.
+        aux_feature: name of the feature of the auxiliary head, "" for none.
+        aux_loss_weight: weight of ``loss_aux``.
+        class_weights: K weights of the cross-entropies over pixels; empty for equal ones.
+        ignore_value: label of pixels without ground truth.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        input_shape: dict[str, ShapeSpec],
+        *,
+        in_feature: str,
+        num_classes: int,
+        channels: int = 512,
+        attention_dim: int = 256,
+        enabled: bool = True,
+        fusion: str = "concat",
+        project_kernel: int = 3,
+        fuse_kernel: int = 3,
+        dropout: float = 0.1,
+        norm: str = "BN",
+        memory_update: str = "cosine",
+        loss_weight: float = 1.0,
+        loss_weight_w: float = 0.4,
+        loss_weight_m: float = 1.0,
+        aux_feature: str = "",
+        aux_loss_weight: float = 0.4,
+        class_weights: Sequence[float] = (),
+        ignore_value: int = 255,
+    ):
+        super().__init__()
+        for name in filter(None, (in_feature, aux_feature)):
+            if name not in input_shape:
+                raise InputError(
+                    f"the head wants the backbone feature {name!r}, "
+                    f"the backbone gives {', '.join(input_shape)}"
+                )
+        if fusion not in FUSIONS:
+            raise InputError(f"unknown fusion {fusion!r}; known: {', '.join(FUSIONS)}")
+        if class_weights and len(class_weights) != num_classes:
+            raise InputError(
+                f"MODEL.SEM_SEG_HEAD.CLASS_WEIGHTS has {len(class_weights)} values, "
+                f"expected one for each of the {num_classes} classes"
+            )
+        self.in_feature = in_feature
+        self.num_classes = num_classes
+        self.enabled = enabled
+        self.loss_weight = loss_weight
+        self.loss_weight_w = loss_weight_w
+        self.loss_weight_m = loss_weight_m
+        self.aux_feature = aux_feature
+        self.aux_loss_weight = aux_loss_weight
+        self.ignore_value = ignore_value
+        weights = torch.tensor(class_weights) if class_weights else None
+        self.register_buffer("class_weights", weights, persistent=False)
+
+        make_norm = partial(get_norm, norm)
+        self.project = conv_norm_relu(
+            input_shape[in_feature].channels, channels, project_kernel, make_norm
+        )
+        if enabled:
+            self.h1 = self._two_layer_head(channels, num_classes, dropout, make_norm)
+            self.memory = FeatureMemory(num_classes, channels, memory_update)
+            self.attention = Attention(channels, attention_dim, make_norm)
+            self.fuse = FUSIONS[fusion](channels, fuse_kernel, make_norm)
+            self.h2 = self._two_layer_head(channels, num_classes, dropout, make_norm)
+        else:
+            self.classify = nn.Sequential(
+                nn.Dropout2d(dropout), classifier(channels, num_classes)
+            )
+        if aux_feature:
+            aux_channels = input_shape[aux_feature].channels
+            self.aux = nn.Sequential(
+                conv_norm_relu(aux_channels, channels, 3, make_norm),
+                nn.Dropout2d(dropout),
+                classifier(channels, num_classes),
+            )
+
+    @staticmethod
+    def _two_layer_head(channels, num_classes, dropout, norm) -> nn.Sequential:
+        """H1 or H2: two 1x1 convolutions (paper, sections 3.3 and 3.4)."""
+        return nn.Sequential(
+            *conv_norm_relu(channels, channels, 1, norm),
+            nn.Dropout2d(dropout),
+            classifier(channels, num_classes),
+        )
+
+    @classmethod
+    def from_config(cls, cfg, input_shape: dict[str, ShapeSpec]) -> dict:
+        """Arguments of ``__init__`` from a config with :func:`mcibi_d2.add_mcibi_config`."""
+        head, mcibi = cfg.MODEL.SEM_SEG_HEAD, cfg.MODEL.MCIBI
+        if len(head.IN_FEATURES) != 1:
+            raise InputError(
+                f"MODEL.SEM_SEG_HEAD.IN_FEATURES is {head.IN_FEATURES}, expected one feature name"
+            )
+        return {
+            "input_shape": input_shape,
+            "in_feature": head.IN_FEATURES[0],
+            "num_classes": head.NUM_CLASSES,
+            "channels": head.CONVS_DIM,
+            "attention_dim": mcibi.ATTENTION_DIM,
+            "enabled": mcibi.ENABLED,
+            "fusion": mcibi.FUSION,
+            "project_kernel": mcibi.PROJECT_KERNEL,
+            "fuse_kernel": mcibi.FUSE_KERNEL,
+            "dropout": head.DROPOUT,
+            "norm": resolve_norm(head.NORM, cfg.MODEL.DEVICE),
+            "memory_update": mcibi.MEMORY.UPDATE,
+            "loss_weight": head.LOSS_WEIGHT,
+            "loss_weight_w": mcibi.LOSS_WEIGHT_W,
+            "loss_weight_m": mcibi.LOSS_WEIGHT_M,
+            "aux_feature": head.AUX_FEATURE,
+            "aux_loss_weight": head.AUX_LOSS_WEIGHT,
+            "class_weights": head.CLASS_WEIGHTS,
+            "ignore_value": head.IGNORE_VALUE,
+        }
+
+    def forward(
+        self, features: dict[str, Tensor], targets: Tensor | None = None
+    ) -> tuple[Tensor | None, dict[str, Tensor]]:
+        """Run the head.
+
+        Args:
+            features: of the backbone, by name, each (N, C_i, h_i, w_i).
+            targets: (N, H, W) class ids and ignore values; used in training only, where the
+                features are observed by the memory too.
+
+        Returns:
+            ``(None, losses)`` in training, ``(logits (N, K, h, w), {})`` else.
+        """
+        pixels = self.project(features[self.in_feature])
+        if not self.enabled:
+            logits = self.classify(pixels)
+        else:
+            coarse = self.h1(pixels)
+            context = self.memory.read(coarse.float().softmax(dim=1))
+            context = self.attention(pixels, context)
+            logits = self.h2(self.fuse(pixels, context))
+        if not self.training:
+            return logits, {}
+
+        if targets is None:
+            raise ValueError("MCIBIHead in training mode needs targets (N, H, W)")
+        losses = {"loss_o": self.loss_weight * self._pixel_loss(logits, targets)}
+        if self.aux_feature:
+            aux = self.aux(features[self.aux_feature])
+            losses["loss_aux"] = self.aux_loss_weight * self._pixel_loss(aux, targets)
+        if self.enabled:
+            losses["loss_w"] = self.loss_weight_w * self._pixel_loss(coarse, targets)
+            if self.memory.update != "zero":
+                losses["loss_m"] = self.loss_weight_m * self._memory_loss()
+            self.memory.observe(pixels.detach(), targets, self.ignore_value)
+        return None, losses
+
+    def extract(self, features: dict[str, Tensor]) -> Tensor:
+        """R' (N, C, h, w), the features that the memory holds, of a backbone's features."""
+        return self.project(features[self.in_feature])
+
+    def _pixel_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Cross-entropy at the targets' size, averaged over valid pixels (Eq. 16, 18)."""
+        logits = F.interpolate(
+            logits.float(), size=targets.shape[-2:], mode="bilinear", align_corners=False
+        )
+        weights = self.class_weights
+        total = F.cross_entropy(
+            logits, targets, weights, ignore_index=self.ignore_value, reduction="sum"
+        )
+        valid = targets != self.ignore_value
+        if weights is None:
+            share = valid.sum()
+        else:
+            share = weights[targets.clamp(0, self.num_classes - 1)].mul(valid).sum()
+        return total / share.clamp_min(torch.finfo(total.dtype).tiny)
+
+    def _memory_loss(self) -> Tensor:
+        """Cross-entropy of H2 on the memory's rows, over the initialised ones (Eq. 15, 17).
+
+        Batch norms use their running statistics: the rows are no pixels, and K of them would
+        count as much as a whole batch in the statistics.
+        """
+        rows = self.memory.rows[:, :, None, None]
+        for layer in self.h2:
+            if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+                # Copies, because the next forward pass changes them in place before backward.
+                mean, var = layer.running_mean.clone(), layer.running_var.clone()
+                rows = F.batch_norm(rows, mean, var, layer.weight, layer.bias, eps=layer.eps)
+            else:
+                rows = layer(rows)
+        classes = torch.arange(self.num_classes, device=rows.device)
+        losses = F.cross_entropy(rows.float().flatten(1), classes, reduction="none")
+        known = self.memory.initialized
+        return (losses * known).sum() / known.sum().clamp_min(1)

@@ -1,0 +1,29 @@
+#!/usr/bin/env python
+"""Train or evaluate a model from a config file.
+
+    python train_net.py --config-file configs/ade20k/mcibi_R50.yaml --num-gpus 8
+    python train_net.py --config-file ... --eval-only MODEL.WEIGHTS output/model_final.pth
+    torchrun --nproc-per-node 8 train_net.py --config-file configs/ade20k/mcibi_R50.yaml --resume
+"""
+
+from detectron2.engine import default_argument_parser, default_setup
+
+import mcibi_d2  # noqa: F401  registers models and data sets
+from mcibi_d2.engine import Checkpointer, Trainer, launch, setup
+
+
+def main(args, cfg):
+    """What each process does."""
+    default_setup(cfg, args)
+    if args.eval_only:
+        model = Trainer.build_model(cfg)
+        checkpointer = Checkpointer(model, cfg.OUTPUT_DIR)
+        checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume, strict=True)
+        return Trainer.test(cfg, model)
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume=args.resume)
+    return trainer.train()
+
+
+if __name__ == "__main__":
+    launch(main, setup, default_argument_parser().parse_args())
