@@ -50,7 +50,11 @@ def read_labels(
             f"its image has {size[0]} x {size[1]}"
         )
     metadata = MetadataCatalog.get(dataset_name)
-    table = _table(metadata)
+    table = _table(
+        tuple(_class_values(metadata)),
+        tuple(_ignored_values(metadata)),
+        metadata.get("ignore_label", 255),
+    )
     inside = (values >= 0) & (values < len(table))
     labels = table[values] if inside.all() else np.where(inside, table[values * inside], _INVALID)
     if labels.min() == _INVALID:
@@ -64,13 +68,11 @@ def read_labels(
 
 
 @cache
-def _table(metadata: Metadata) -> np.ndarray:
+def _table(classes: tuple[int, ...], ignored: tuple[int, ...], ignore_label: int) -> np.ndarray:
     """Class id (or ignore label, or invalid) of every value of a label file."""
     table = np.full(1 << 16, _INVALID, dtype=np.int16)
-    for class_id, value in enumerate(_class_values(metadata)):
-        table[value] = class_id
-    for value in _ignored_values(metadata):
-        table[value] = metadata.get("ignore_label", 255)
+    table[list(classes)] = np.arange(len(classes))
+    table[list(ignored)] = ignore_label
     return table
 
 

@@ -1,5 +1,7 @@
 """timm's networks as a Detectron2 backbone."""
 
+import difflib
+
 import timm
 from detectron2.config import configurable
 from detectron2.layers import FrozenBatchNorm2d, ShapeSpec
@@ -39,7 +41,7 @@ class TimmBackbone(Backbone):
     ):
         super().__init__()
         if not timm.is_model(name):
-            close = ", ".join(timm.list_models(f"*{name.split('_')[0]}*")[:8])
+            close = ", ".join(difflib.get_close_matches(name, timm.list_models(), n=5))
             raise InputError(
                 f"MODEL.TIMM.NAME is {name!r}, which timm {timm.__version__} does not know"
                 + (f"; close: {close}" if close else "")

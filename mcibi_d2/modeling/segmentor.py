@@ -63,7 +63,10 @@ class MCIBISegmentor(nn.Module):
         """Normalise the images and pad them to one size (and the backbone's divisibility)."""
         images = [x["image"].to(self.device, non_blocking=True) for x in batched_inputs]
         images = [(image - self.pixel_mean) / self.pixel_std for image in images]
-        return ImageList.from_tensors(images, self.backbone.size_divisibility)
+        batch = ImageList.from_tensors(images, self.backbone.size_divisibility)
+        # The layout in which convolutions are fastest, on CPUs and on tensor cores.
+        batch.tensor = batch.tensor.contiguous(memory_format=torch.channels_last)
+        return batch
 
     def forward(self, batched_inputs: list[dict]) -> dict[str, Tensor] | list[dict]:
         """Run on a batch.

@@ -1,0 +1,57 @@
+"""The paper's equations, written out slowly and literally, to test against."""
+
+import torch
+import torch.nn.functional as F
+
+
+def up(features, size):
+    """The up-sampling in front of Eq. 8."""
+    return F.interpolate(features, size=size, mode="bilinear", align_corners=False)
+
+
+def transform(rows, initialized, features, labels, num_classes, cosine=True):
+    """T of Eq. 6: R' by Eq. 8-10, with the plain mean where Eq. 10 says nothing.
+
+    Args:
+        rows: M, (K, C).
+        initialized: (K,) bool.
+        features: R, (N, C, h, w).
+        labels: GT, (N, H, W).
+    """
+    pixels = up(features, labels.shape[-2:]).permute(0, 2, 3, 1).reshape(-1, features.shape[1])
+    labels = labels.reshape(-1)
+    result = rows.clone()
+    for k in range(num_classes):
+        of_class = pixels[labels == k]  # Eq. 8
+        if len(of_class) == 0:
+            continue
+        weights = torch.ones(len(of_class), dtype=rows.dtype)
+        if cosine and initialized[k]:
+            for i, pixel in enumerate(of_class):  # Eq. 9
+                lengths = pixel.norm() * rows[k].norm()
+                similarity = pixel @ rows[k] / lengths if lengths > 0 else 0.0
+                weights[i] = 1 - similarity
+        if weights.sum() <= 1e-12 * len(of_class):
+            weights = torch.ones_like(weights)
+        result[k] = sum(
+            weight / weights.sum() * pixel  # Eq. 10
+            for weight, pixel in zip(weights, of_class, strict=True)
+        )
+    return result
+
+
+def step(rows, initialized, features, labels, num_classes, momentum, cosine=True):
+    """Eq. 6 for the rows that are initialised; a row seen for the first time is set."""
+    new = transform(rows, initialized, features, labels, num_classes, cosine)
+    seen = torch.tensor([bool((labels == k).any()) for k in range(num_classes)])
+    moved = torch.where(
+        initialized[:, None], (1 - momentum) * rows + momentum * new, new
+    )
+    return torch.where(seen[:, None], moved, rows), initialized | seen
+
+
+def attention(query, key, value):
+    """Eq. 13 and the product of Eq. 14, for (N, D, h, w) maps."""
+    query, key, value = (x.flatten(2).transpose(1, 2) for x in (query, key, value))
+    relations = torch.softmax(query @ key.transpose(1, 2) / query.shape[-1] ** 0.5, dim=-1)
+    return relations @ value

@@ -1,0 +1,233 @@
+import copy
+
+import literal
+import processes
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mcibi_d2.modeling import FeatureMemory
+
+SIZES = st.integers(1, 9)
+
+
+def random_case(seed, batch, classes, channels, grid, size, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    memory = FeatureMemory(classes, channels).to(dtype)
+    memory.rows.copy_(torch.randn(classes, channels, generator=generator, dtype=dtype))
+    memory.initialized.copy_(torch.rand(classes, generator=generator) < 0.7)
+    memory.rows[~memory.initialized] = 0
+    features = torch.randn(batch, channels, *grid, generator=generator, dtype=dtype)
+    labels = torch.randint(-1, classes + 2, (batch, *size), generator=generator)
+    labels[labels == classes + 1] = 255
+    return memory, features, labels
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    batch=st.integers(1, 3),
+    classes=st.integers(1, 6),
+    channels=st.integers(1, 8),
+    grid=st.tuples(SIZES, SIZES),
+    size=st.tuples(st.integers(1, 21), st.integers(1, 21)),
+    momentum=st.floats(0, 1),
+    update=st.sampled_from(["cosine", "mean"]),
+    precision=st.sampled_from([(torch.float64, 1e-9), (torch.float32, 1e-4)]),
+)
+def test_update_equals_the_equations(
+    seed, batch, classes, channels, grid, size, momentum, update, precision
+):
+    dtype, tolerance = precision
+    memory, features, labels = random_case(seed, batch, classes, channels, grid, size)
+    memory.update = update
+    rows, initialized = literal.step(
+        memory.rows.clone(), memory.initialized.clone(), features, labels, classes, momentum,
+        update == "cosine",
+    )  # fmt: skip
+    memory.to(dtype)
+    memory.observe(features.to(dtype), labels)
+    memory.commit(momentum)
+    assert torch.equal(memory.initialized, initialized)
+    # One channel leaves only +-1 for the cosine, where Eq. 10 is 0/0 up to rounding: there the
+    # plain mean of parallel pixels is the answer in both, but for the bound that tells them apart.
+    torch.testing.assert_close(memory.rows.double(), rows, atol=tolerance, rtol=tolerance)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10**6), st.integers(1, 6), st.integers(1, 5))
+def test_read_gathers_the_initialised_rows(seed, classes, channels):
+    memory, features, _ = random_case(seed, 2, classes, channels, (3, 4), (3, 4))
+    probabilities = torch.rand(2, classes, 3, 4, dtype=torch.float64).softmax(dim=1)
+    context = memory.read(probabilities)
+    for n in range(2):
+        for y in range(3):
+            for x in range(4):
+                weights = probabilities[n, :, y, x] * memory.initialized
+                expected = torch.zeros(channels, dtype=torch.float64)
+                if weights.sum() > 0:
+                    expected = (weights / weights.sum()) @ memory.rows
+                torch.testing.assert_close(context[n, :, y, x], expected)
+
+
+def test_read_of_an_empty_memory_is_zero_and_has_a_gradient():
+    memory = FeatureMemory(4, 3)
+    probabilities = torch.rand(1, 4, 2, 2, requires_grad=True)
+    context = memory.read(probabilities)
+    assert torch.equal(context, torch.zeros(1, 3, 2, 2))
+    context.sum().backward()
+    assert torch.isfinite(probabilities.grad).all()
+
+
+def test_several_observations_equal_one_of_the_joined_batch():
+    memory, features, labels = random_case(1, 4, 5, 6, (4, 5), (17, 23))
+    other = copy.deepcopy(memory)
+    memory.observe(features, labels)
+    other.observe(features[:1], labels[:1])
+    other.observe(features[1:], labels[1:])
+    for m in (memory, other):
+        m.commit(0.3)
+    torch.testing.assert_close(memory.rows, other.rows, atol=1e-12, rtol=1e-12)
+
+
+def test_commit_clears_the_sums():
+    memory, features, labels = random_case(2, 1, 3, 4, (4, 4), (8, 8))
+    memory.observe(features, labels)
+    memory.commit(0.5)
+    rows = memory.rows.clone()
+    memory.commit(0.5)
+    assert torch.equal(memory.rows, rows)
+
+
+@pytest.mark.parametrize("labels", [255, -1, 7])
+def test_batch_without_a_valid_pixel_changes_nothing(labels):
+    memory, features, _ = random_case(3, 2, 3, 4, (4, 4), (8, 8))
+    before = copy.deepcopy(memory.state_dict())
+    memory.observe(features, torch.full((2, 8, 8), labels))
+    memory.commit(0.9)
+    for name, value in memory.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+def test_ignored_class_id_is_left_out():
+    memory, features, _ = random_case(4, 1, 3, 4, (4, 4), (8, 8))
+    memory.initialized.fill_(True)
+    before = memory.rows.clone()
+    memory.observe(features, torch.ones(1, 8, 8, dtype=torch.long), ignore_value=1)
+    memory.commit(0.9)
+    assert torch.equal(memory.rows, before)
+
+
+def test_constant_class_is_its_mean_and_not_nan():
+    memory = FeatureMemory(2, 8)
+    vector = torch.randn(8)
+    memory.rows[0] = vector * 3
+    memory.initialized[0] = True
+    lengths = torch.tensor([1.0, 2.0, 4.0, 5.0]).view(1, 1, 2, 2)
+    features = vector.view(1, 8, 1, 1) * lengths
+    memory.observe(features, torch.zeros(1, 2, 2, dtype=torch.long))
+    memory.commit(1.0)
+    torch.testing.assert_close(memory.rows[0], vector * 3.0, rtol=1e-5, atol=1e-5)
+
+
+def test_zero_pixels_and_zero_rows_count_with_weight_one():
+    memory = FeatureMemory(2, 2)
+    memory.initialized.fill_(True)
+    memory.rows[1] = torch.tensor([1.0, 0.0])
+    # Class 0 has a zero row; class 1 one zero pixel and one orthogonal to its row.
+    features = torch.tensor([[[[2.0, 4.0, 0.0, 0.0]], [[0.0, 0.0, 0.0, 6.0]]]])
+    memory.observe(features, torch.tensor([[[0, 0, 1, 1]]]))
+    memory.commit(1.0)
+    torch.testing.assert_close(memory.rows, torch.tensor([[3.0, 0.0], [0.0, 3.0]]))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_value_that_is_not_finite_never_reaches_the_rows(bad):
+    memory, features, _ = random_case(5, 1, 3, 4, (4, 4), (4, 4), torch.float32)
+    memory.initialized.fill_(True)
+    before = memory.rows.clone()
+    labels = torch.zeros(1, 4, 4, dtype=torch.long)
+    labels[0, 2:] = 1
+    features[0, 2, 0, 0] = bad
+    memory.observe(features, labels)
+    memory.commit(0.5)
+    assert memory.rows.isfinite().all()
+    assert torch.equal(memory.rows[0], before[0])
+    assert memory.rejected.tolist()[0] == 1
+    memory.observe(features.nan_to_num(0, 0, 0), labels)
+    memory.commit(0.5)
+    assert not torch.equal(memory.rows[0], before[0])
+
+
+def test_zero_memory_stays_zero():
+    memory = FeatureMemory(3, 4, update="zero")
+    memory.observe(torch.randn(1, 4, 4, 4), torch.zeros(1, 8, 8, dtype=torch.long))
+    memory.commit(0.9)
+    memory.initialize(torch.ones(3, 4), torch.ones(3, dtype=torch.bool))
+    assert not memory.rows.any() and not memory.initialized.any()
+
+
+def test_low_precision_features_are_summed_in_float32():
+    memory, features, labels = random_case(6, 2, 3, 16, (8, 8), (64, 64), torch.float32)
+    other = copy.deepcopy(memory)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        memory.observe(features.bfloat16(), labels)
+    other.observe(features, labels)
+    for m in (memory, other):
+        m.commit(0.5)
+    assert memory.rows.dtype == torch.float32
+    torch.testing.assert_close(memory.rows, other.rows, rtol=1e-2, atol=1e-2)
+
+
+def test_state_dict_holds_rows_and_flags_alone():
+    assert set(FeatureMemory(3, 4).state_dict()) == {"rows", "initialized"}
+
+
+@pytest.mark.parametrize(
+    "arguments", [(0, 4), (4, 0), (4, 4, "median")], ids=["no class", "no channel", "update"]
+)
+def test_wrong_arguments_are_refused(arguments):
+    with pytest.raises(ValueError, match="FeatureMemory"):
+        FeatureMemory(*arguments)
+
+
+def test_wrong_shapes_are_refused():
+    memory = FeatureMemory(3, 4)
+    with pytest.raises(ValueError, match=r"expected \(N, 4, h, w\)"):
+        memory.observe(torch.randn(1, 5, 2, 2), torch.zeros(1, 4, 4, dtype=torch.long))
+    with pytest.raises(ValueError, match=r"expected \(1, H, W\)"):
+        memory.observe(torch.randn(1, 4, 2, 2), torch.zeros(2, 4, 4, dtype=torch.long))
+
+
+def _uneven_parts(rank, world_size, folder, batches):
+    """Process r takes every image whose number leaves rest r; class 0 is on process 0 alone."""
+    memory = FeatureMemory(6, 5)
+    for features, labels, owner in batches:
+        mine = [n for n in range(len(features)) if owner[n] % world_size == rank]
+        for n in mine:
+            memory.observe(features[n : n + 1], labels[n : n + 1])
+        memory.commit(0.4)
+    torch.save(memory.state_dict(), f"{folder}/{world_size}-{rank}.pth")
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_processes_make_one_memory(tmp_path, world_size):
+    generator = torch.Generator().manual_seed(0)
+    batches = []
+    for _ in range(10):
+        features = torch.randn(8, 5, 4, 4, generator=generator)
+        labels = torch.randint(1, 8, (8, 15, 13), generator=generator)
+        labels[labels >= 6] = 255
+        labels[0, :5] = 0
+        labels[3] = 255
+        batches.append((features, labels, [0, 1, 1, 2, 0, 0, 0, 1]))
+    alone = FeatureMemory(6, 5)
+    for features, labels, _ in batches:
+        alone.observe(features, labels)
+        alone.commit(0.4)
+    processes.run(_uneven_parts, world_size, tmp_path, batches)
+    for rank in range(world_size):
+        state = torch.load(tmp_path / f"{world_size}-{rank}.pth")
+        torch.testing.assert_close(state["rows"], alone.rows, atol=1e-5, rtol=1e-5)
+        assert torch.equal(state["initialized"], alone.initialized)

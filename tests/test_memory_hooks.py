@@ -1,0 +1,176 @@
+import copy
+import math
+
+import processes
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import make_tiny_cfg
+from detectron2.engine import hooks
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mcibi_d2.engine import MemoryInitHook, MemoryUpdateHook, Trainer, memory_hooks
+from mcibi_d2.engine.memory_hooks import draw_random_pixels, poly_momentum
+
+
+@given(st.integers(0, 1000), st.floats(0.01, 1.0), st.floats(0.1, 2.0))
+def test_momentum_is_equation_7(t, m0, p):
+    expected = (1 - t / 1000) ** p * (m0 - m0 / 100) + m0 / 100
+    assert math.isclose(poly_momentum(t, 1000, m0, p), expected, rel_tol=1e-12)
+
+
+def test_update_hook_comes_before_the_learning_rate_and_the_checkpoint(tiny_cfg):
+    order = [type(h) for h in Trainer(tiny_cfg)._hooks]
+    update = order.index(MemoryUpdateHook)
+    assert order.index(MemoryInitHook) < update < order.index(hooks.LRScheduler)
+    assert update < order.index(hooks.PeriodicCheckpointer)
+
+
+def test_baseline_has_no_memory_hooks(tmp_path):
+    cfg = make_tiny_cfg(tmp_path, "MODEL.MCIBI.ENABLED", "False")
+    assert not {MemoryInitHook, MemoryUpdateHook} & {type(h) for h in Trainer(cfg)._hooks}
+
+
+def test_memory_moves_once_per_step_by_what_the_step_observed(tmp_path, monkeypatch):
+    trainer = Trainer(make_tiny_cfg(tmp_path / "output"))
+    memory = trainer.model.sem_seg_head.memory
+    commits = []
+
+    def commit(momentum):
+        before = copy.deepcopy(memory)
+        type(memory).commit(memory, momentum)
+        commits.append((momentum, before._sums[:, -2].sum().item()))
+        assert not memory._sums.any()
+
+    monkeypatch.setattr(memory, "commit", commit)
+    trainer.train()
+    assert [m for m, _ in commits] == [poly_momentum(t, 4, 0.9, 0.9) for t in range(4)]
+    assert all(pixels > 1000 for _, pixels in commits)
+    assert memory.initialized.sum() > 8 and memory.rows.isfinite().all()
+
+
+# --- the initial pixels
+
+
+class TinyModel(torch.nn.Module):
+    """A segmentor whose features are the image itself."""
+
+    def __init__(self, classes):
+        super().__init__()
+        self.sem_seg_head = torch.nn.Module()
+        self.sem_seg_head.memory = memory_hooks.FeatureMemory(classes, 3)
+        self.sem_seg_head.extract = lambda features: features
+        self.backbone = lambda images: images
+
+    def preprocess(self, batch):
+        class Images:
+            tensor = torch.stack([x["image"] for x in batch])
+
+        return Images
+
+
+def stream(count, size=(4, 5), classes=3, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    samples = []
+    for position in range(count):
+        labels = torch.randint(0, classes + 1, size, generator=generator)
+        labels[labels == classes] = 255
+        image = torch.rand(3, *size, generator=generator)
+        samples.append({"image": image, "sem_seg": labels, "position": position})
+    return samples
+
+
+def batched(samples, size):
+    return [samples[i : i + size] for i in range(0, len(samples), size)]
+
+
+def test_rows_are_pixels_of_their_class():
+    samples = stream(3, size=(9, 7))
+    for sample in samples:
+        sample["image"] = torch.rand(3, 4, 3)
+    model = TinyModel(3)
+    draw_random_pixels(model, batched(samples, 1), seed=0, max_images=100)
+    for k, row in enumerate(model.sem_seg_head.memory.rows):
+        pixels = []
+        for x in samples:
+            up = F.interpolate(x["image"][None], (9, 7), mode="bilinear", align_corners=False)[0]
+            pixels.append(up[:, x["sem_seg"] == k].t())
+        assert (torch.cat(pixels) - row).abs().sum(dim=1).min() < 1e-6
+
+
+def test_draw_is_uniform_over_the_pixels_of_all_images():
+    # Class 0 has 2 pixels in the first image and 4 in the second; class 1 comes last, so that
+    # both are seen.
+    first, second = torch.full((2, 3), 255), torch.full((2, 3), 255)
+    first[0, :2], second[:, 1:], second[0, 0] = 0, 0, 1
+    images = torch.arange(12.0).view(2, 1, 2, 3).expand(2, 3, 2, 3)
+    draws = 1500
+    counts = torch.zeros(12)
+    for seed in range(draws):
+        model = TinyModel(2)
+        samples = [
+            {"image": image, "sem_seg": labels, "position": p}
+            for p, (image, labels) in enumerate(zip(images, (first, second), strict=True))
+        ]
+        draw_random_pixels(model, batched(samples, 1), seed, max_images=100)
+        counts[int(model.sem_seg_head.memory.rows[0, 0])] += 1
+    taken = counts[counts > 0]
+    assert len(taken) == 6
+    chi_square = ((taken - draws / 6) ** 2 / (draws / 6)).sum()
+    assert chi_square < 20.5  # 5 degrees of freedom, p = 0.001
+
+
+def test_classes_not_found_stay_uninitialised_and_the_limit_holds():
+    samples = stream(5)
+    for sample in samples:
+        sample["sem_seg"][sample["sem_seg"] == 2] = 255
+    used = []
+
+    def loader():
+        for batch in batched(samples, 1):
+            used.append(len(batch))
+            yield batch
+
+    model = TinyModel(3)
+    draw_random_pixels(model, loader(), seed=0, max_images=4)
+    assert model.sem_seg_head.memory.initialized.tolist() == [True, True, False]
+    assert sum(used) == 4
+
+
+def _draw(rank, world_size, folder):
+    model = TinyModel(12)
+    mine = [x for x in stream(12, classes=12) if x["position"] % world_size == rank]
+    draw_random_pixels(model, batched(mine, 6 // world_size), seed=3, max_images=12)
+    torch.save(model.sem_seg_head.memory.state_dict(), f"{folder}/{world_size}-{rank}.pth")
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_draw_is_the_same_on_every_number_of_processes(tmp_path, world_size):
+    alone = TinyModel(12)
+    draw_random_pixels(alone, batched(stream(12, classes=12), 6), seed=3, max_images=12)
+    processes.run(_draw, world_size, tmp_path)
+    for rank in range(world_size):
+        state = torch.load(tmp_path / f"{world_size}-{rank}.pth")
+        torch.testing.assert_close(state["rows"], alone.sem_seg_head.memory.rows)
+
+
+def test_memory_is_initialised_before_training_and_not_again(tmp_path, monkeypatch):
+    calls = []
+    draw = memory_hooks.draw_random_pixels
+    monkeypatch.setattr(
+        memory_hooks, "draw_random_pixels", lambda *args: (calls.append(1), draw(*args))
+    )
+    cfg = make_tiny_cfg(tmp_path / "output", "SOLVER.CHECKPOINT_PERIOD", "2")
+    Trainer(cfg).train()
+    assert calls == [1]
+    cfg.SOLVER.MAX_ITER = 6
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume=True)
+    trainer.train()
+    assert calls == [1]
+
+
+def test_first_batch_mean_has_no_initial_pass(tmp_path):
+    cfg = make_tiny_cfg(tmp_path, "MODEL.MCIBI.MEMORY.INIT", "first_batch_mean")
+    assert MemoryInitHook not in {type(h) for h in Trainer(cfg)._hooks}

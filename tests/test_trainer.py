@@ -1,0 +1,350 @@
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+
+import processes
+import pytest
+import torch
+from conftest import ROOT, make_tiny_cfg
+from detectron2.data import DatasetCatalog
+from fvcore.common.checkpoint import Checkpointer as FvcoreCheckpointer
+
+from mcibi_d2 import InputError
+from mcibi_d2.engine import Checkpointer, Trainer
+
+
+def assert_equal_models(path, other):
+    """Weights and memory, bit for bit."""
+    states = [torch.load(p)["model"] for p in (path, other)]
+    assert states[0].keys() == states[1].keys()
+    different = [k for k in states[0] if not torch.equal(states[0][k], states[1][k])]
+    assert different == []
+
+
+def test_trains_logs_evaluates_and_keeps_the_best(tmp_path, monkeypatch):
+    val = DatasetCatalog.get("scenes_val")[:3]
+    DatasetCatalog.register("test_scenes_three", lambda: val)
+    from detectron2.data import MetadataCatalog
+
+    metadata = MetadataCatalog.get("scenes_val").as_dict()
+    metadata.pop("name")
+    MetadataCatalog.get("test_scenes_three").set(**metadata)
+    cfg = make_tiny_cfg(
+        tmp_path, "DATASETS.TEST", "('test_scenes_three',)", "TEST.EVAL_PERIOD", "2",
+        "SOLVER.CHECKPOINT_PERIOD", "2",
+    )  # fmt: skip
+    try:
+        trainer = Trainer(cfg)
+        trainer.train()
+    finally:
+        DatasetCatalog.remove("test_scenes_three")
+        MetadataCatalog.remove("test_scenes_three")
+    files = set(os.listdir(tmp_path))
+    assert {"model_0000001.pth", "model_final.pth", "model_best.pth", "last_checkpoint",
+            "metrics.json"} <= files  # fmt: skip
+    assert any(name.startswith("events.out.tfevents") for name in files)
+    assert not any(name.endswith(".tmp") for name in files)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.json").read_text().splitlines()]
+    keys = set().union(*lines)
+    assert {"loss_w", "loss_m", "loss_o", "loss_aux", "total_loss", "lr", "sem_seg/mIoU",
+            "memory/momentum"} <= keys  # fmt: skip
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_mixed_precision(tmp_path, precision):
+    cfg = make_tiny_cfg(tmp_path, "SOLVER.AMP.ENABLED", "True", "SOLVER.AMP.PRECISION", precision)
+    trainer = Trainer(cfg)
+    trainer.train()
+    memory = trainer.model.sem_seg_head.memory
+    assert memory.rows.dtype == torch.float32 and memory.rows.isfinite().all()
+    state = torch.load(tmp_path / "model_final.pth")["trainer"]["_trainer"]
+    assert ("grad_scaler" in state) == (precision == "float16")
+
+
+def test_optimizer_has_a_head_factor_and_the_papers_weight_decay(tmp_path):
+    cfg = make_tiny_cfg(tmp_path, "SOLVER.HEAD_LR_FACTOR", "10.0", "SOLVER.BASE_LR", "0.01")
+    model = Trainer.build_model(cfg)
+    optimizer = Trainer.build_optimizer(cfg, model)
+    head = {id(p) for p in model.sem_seg_head.parameters()}
+    for group in optimizer.param_groups:
+        assert group["weight_decay"] == 0.0005
+        for p in group["params"]:
+            assert group["lr"] == pytest.approx(0.1 if id(p) in head else 0.01)
+
+
+def test_learning_rate_is_poly(tmp_path):
+    options = ["SOLVER.MAX_ITER", "50", "SOLVER.POLY_LR_CONSTANT_ENDING", "0.1"]
+    cfg = make_tiny_cfg(tmp_path, *options)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=cfg.SOLVER.BASE_LR)
+    scheduler = Trainer.build_lr_scheduler(cfg, optimizer)
+    for t in range(50):
+        expected = cfg.SOLVER.BASE_LR * max((1 - t / 50) ** 0.9, 0.1)
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(expected)
+        optimizer.step()
+        scheduler.step()
+
+
+def test_warmup_is_optional_and_other_schedules_are_detectron2s(tmp_path):
+    parameters = [torch.nn.Parameter(torch.zeros(1))]
+    for name in ("WarmupPolyLR", "WarmupCosineLR"):
+        cfg = make_tiny_cfg(
+            tmp_path, "SOLVER.LR_SCHEDULER_NAME", name, "SOLVER.WARMUP_ITERS", "2",
+            "SOLVER.WARMUP_FACTOR", "0.5",
+        )  # fmt: skip
+        optimizer = torch.optim.SGD(parameters, lr=1.0)
+        Trainer.build_lr_scheduler(cfg, optimizer)
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(0.5)
+
+
+def test_stopped_and_resumed_equals_unbroken(tmp_path):
+    options = ["SOLVER.MAX_ITER", "6", "SOLVER.CHECKPOINT_PERIOD", "3"]
+    Trainer(make_tiny_cfg(tmp_path / "whole", *options)).train()
+
+    class Stop(Exception):
+        pass
+
+    trainer = Trainer(make_tiny_cfg(tmp_path / "broken", *options))
+    run_step = trainer.run_step
+
+    def stop_at_four():
+        if trainer.iter == 4:
+            raise Stop
+        run_step()
+
+    trainer.run_step = stop_at_four
+    with pytest.raises(Stop):
+        trainer.train()
+    torch.manual_seed(99)
+    trainer = Trainer(make_tiny_cfg(tmp_path / "broken", *options))
+    trainer.resume_or_load(resume=True)
+    assert trainer.start_iter == 3
+    trainer.train()
+    assert_equal_models(tmp_path / "whole/model_final.pth", tmp_path / "broken/model_final.pth")
+    states = [torch.load(tmp_path / d / "model_final.pth")["trainer"] for d in ("whole", "broken")]
+    assert states[0]["iteration"] == states[1]["iteration"] == 5
+    for a, b in zip(
+        *(s["_trainer"]["optimizer"]["state"].values() for s in states), strict=True
+    ):
+        assert torch.equal(a["momentum_buffer"], b["momentum_buffer"])
+
+
+def test_random_seed_is_kept_for_resuming(tmp_path):
+    cfg = make_tiny_cfg(tmp_path, "SEED", "-1")
+    trainer = Trainer(cfg)
+    trainer.train()
+    again = Trainer(cfg)
+    assert again.seed != trainer.seed
+    again.resume_or_load(resume=True)
+    assert again.seed == trainer.seed
+
+
+def test_best_value_is_kept_for_resuming(tmp_path):
+    trainer = Trainer(make_tiny_cfg(tmp_path, "DATASETS.TEST", "('scenes_val',)"))
+    keeper = next(h for h in trainer._hooks if type(h).__name__ == "KeepBest")
+    keeper.best_metric, keeper.best_iter = 40.0, 2
+    trainer.iter = 2
+    trainer.checkpointer.save("x")
+    again = Trainer(trainer.cfg)
+    again.resume_or_load(resume=True)
+    keeper = next(h for h in again._hooks if type(h).__name__ == "KeepBest")
+    assert (keeper.best_metric, keeper.best_iter) == (40.0, 2)
+
+
+@pytest.mark.parametrize("at", [1, 3])
+def test_loss_that_is_not_finite_names_itself_and_the_files(tmp_path, at):
+    cfg = make_tiny_cfg(tmp_path, "SOLVER.CHECKPOINT_PERIOD", "2", "SOLVER.MAX_ITER", "8")
+    trainer = Trainer(cfg)
+    forward = trainer.model.forward
+    batches = []
+
+    def spoiled(batch):
+        losses = forward(batch)
+        batches.append([x["file_name"] for x in batch])
+        if trainer.iter == at:
+            losses["loss_w"] = losses["loss_w"] * float("nan")
+        return losses
+
+    trainer.model.forward = spoiled
+    with pytest.raises(InputError, match=rf"loss_w became nan at iteration {at}") as error:
+        trainer.train()
+    assert all(name in str(error.value) for name in batches[at])
+    # The checkpoint of the iteration in which it happened was not written; earlier ones are whole.
+    saved = sorted(p.name for p in tmp_path.glob("model_*.pth"))
+    assert saved == ([] if at == 1 else ["model_0000001.pth"])
+    for name in saved:
+        assert all(v.isfinite().all() for v in torch.load(tmp_path / name)["model"].values())
+
+
+# --- checkpoints
+
+
+def test_interrupted_save_leaves_the_last_checkpoint(tmp_path, monkeypatch):
+    checkpointer = Checkpointer(torch.nn.Linear(2, 2), str(tmp_path))
+    checkpointer.save("a")
+    before = (tmp_path / "a.pth").read_bytes()
+
+    def full_disk(data, file):
+        file.write(b"half a check")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(torch, "save", full_disk)
+    for name in ("a", "b"):
+        with pytest.raises(OSError, match="No space"):
+            checkpointer.save(name)
+    assert (tmp_path / "a.pth").read_bytes() == before
+    assert not (tmp_path / "b.pth").exists()
+    assert checkpointer.get_checkpoint_file() == str(tmp_path / "a.pth")
+
+
+def test_is_readable_by_fvcore(tmp_path, tiny_cfg):
+    model = Trainer.build_model(tiny_cfg)
+    Checkpointer(model, str(tmp_path)).save("a")
+    other = Trainer.build_model(tiny_cfg)
+    FvcoreCheckpointer(other).load(str(tmp_path / "a.pth"))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(model.state_dict().values(), other.state_dict().values(), strict=True)
+    )
+
+
+def test_timm_state_dict_goes_to_the_backbone(tmp_path, tiny_cfg):
+    import timm
+
+    source = timm.create_model("test_resnet")
+    torch.save(source.state_dict(), tmp_path / "timm.pth")
+    model = Trainer.build_model(tiny_cfg)
+    Checkpointer(model).load(str(tmp_path / "timm.pth"))
+    state = model.state_dict()
+    shared = [k for k in source.state_dict() if f"backbone.net.{k}" in state]
+    assert len(shared) == sum(k.startswith("backbone.") for k in state)
+    for key in shared:
+        assert torch.equal(state[f"backbone.net.{key}"], source.state_dict()[key])
+
+
+def test_another_number_of_classes_keeps_the_rest(tmp_path):
+    model = Trainer.build_model(make_tiny_cfg(tmp_path))
+    Checkpointer(model, str(tmp_path)).save("a")
+    other = Trainer.build_model(make_tiny_cfg(tmp_path, "MODEL.SEM_SEG_HEAD.NUM_CLASSES", "7"))
+    Checkpointer(other).load(str(tmp_path / "a.pth"))
+    project = "sem_seg_head.project.0.weight"
+    assert torch.equal(other.state_dict()[project], model.state_dict()[project])
+    assert other.sem_seg_head.memory.rows.shape == (7, 16)
+    with pytest.raises(InputError, match=r"not a checkpoint of this model: .*sem_seg_head"):
+        Checkpointer(other).load(str(tmp_path / "a.pth"), strict=True)
+
+
+def test_files_that_are_no_checkpoint_of_this_model_are_refused(tmp_path, tiny_cfg):
+    model = Trainer.build_model(tiny_cfg)
+    torch.save({"layer.weight": torch.ones(3)}, tmp_path / "other.pth")
+    torch.save([1, 2], tmp_path / "list.pth")
+    (tmp_path / "text.pth").write_text("hello")
+    (tmp_path / "code.pth").write_bytes(pickle.dumps(os.system))
+    for name, message in [
+        ("other.pth", r"not weights for this model: .*backbone\.net"),
+        ("list.pth", "no state dict|cannot be read as a checkpoint"),
+        ("text.pth", "cannot be read as a checkpoint"),
+        ("code.pth", "cannot be read as a checkpoint"),
+        ("none.pth", "no such file"),
+    ]:
+        with pytest.raises(InputError, match=rf"{name}.*{message}"):
+            Checkpointer(model).load(str(tmp_path / name))
+
+
+# --- real processes, from the command line
+
+
+def command(folder, *options, program=(sys.executable,), flags=()):
+    return [
+        *program, str(ROOT / "train_net.py"),
+        "--config-file", str(ROOT / "configs/scenes/mcibi_tiny.yaml"), *flags,
+        "OUTPUT_DIR", str(folder), "SOLVER.IMS_PER_BATCH", "2", "INPUT.CROP.SIZE", "(65,97)",
+        "MODEL.SEM_SEG_HEAD.CONVS_DIM", "16", "MODEL.MCIBI.ATTENTION_DIM", "8",
+        "DATALOADER.NUM_WORKERS", "0", "DATASETS.TEST", "()", *options,
+    ]  # fmt: skip
+
+
+def call(*args, **kwargs):
+    environment = {**os.environ, "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        command(*args, **kwargs), capture_output=True, text=True, timeout=240, env=environment
+    )
+
+
+def test_killed_in_mid_iteration_and_resumed_equals_unbroken(tmp_path):
+    options = ["SOLVER.MAX_ITER", "12", "SOLVER.CHECKPOINT_PERIOD", "4"]
+    environment = {**os.environ, "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"}
+    broken = tmp_path / "broken"
+    process = subprocess.Popen(
+        command(broken, *options), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        env=environment,
+    )  # fmt: skip
+    deadline = time.time() + 120
+    while not (broken / "last_checkpoint").exists() and time.time() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert (broken / "last_checkpoint").exists() and not (broken / "model_final.pth").exists()
+    resumed = call(broken, *options, flags=["--resume"])
+    assert resumed.returncode == 0, resumed.stderr[-2000:]
+    assert "Resuming at iteration" in resumed.stdout + resumed.stderr
+    whole = call(tmp_path / "whole", *options)
+    assert whole.returncode == 0, whole.stderr[-2000:]
+    assert_equal_models(tmp_path / "whole/model_final.pth", broken / "model_final.pth")
+
+
+def test_two_processes_by_detectron2s_launcher_and_by_torchrun(tmp_path):
+    url = ["--num-gpus", "2", "--dist-url", "auto"]
+    spawned = call(tmp_path / "spawned", "SOLVER.MAX_ITER", "3", flags=url)
+    assert spawned.returncode == 0, spawned.stderr[-2000:]
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
+                "--master-port", "0", "--standalone")  # fmt: skip
+    run = call(tmp_path / "torchrun", "SOLVER.MAX_ITER", "3", program=torchrun)
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert_equal_models(
+        tmp_path / "spawned/model_final.pth", tmp_path / "torchrun/model_final.pth"
+    )
+
+
+def _train(rank, world_size, folder):
+    trainer = Trainer(make_tiny_cfg(f"{folder}/output", "SOLVER.MAX_ITER", "5"))
+    trainer.train()
+    torch.save(trainer.model.module.state_dict(), f"{folder}/{rank}.pth")
+
+
+def test_processes_end_with_equal_weights_and_memories(tmp_path):
+    processes.run(_train, 2, tmp_path)
+    first, second = (torch.load(tmp_path / f"{rank}.pth") for rank in range(2))
+    assert first["sem_seg_head.memory.initialized"].any()
+    for key, value in first.items():
+        if "running" not in key:  # plain batch norm has statistics of its own on each process
+            assert torch.equal(value, second[key]), key
+
+
+@pytest.mark.parametrize(
+    "options, flags, message",
+    [
+        (["MODEL.MCIBI.FUSON", "add"], [], r"FUSON.*did you mean MODEL\.MCIBI\.FUSION\?"),
+        (["MODEL.MCIBI.FUSION", "mul"], [], r"MODEL\.MCIBI\.FUSION is 'mul', expected one of"),
+        (["MODEL.SEM_SEG_HEAD.NUM_CLASSES", "7"], [], "is 7, but scenes_train has 16 classes"),
+        (["DATASETS.TRAIN", "('scene_train',)"], [], "'scene_train' is not a reg.*scenes_train"),
+        (["MODEL.WEIGHTS", "/nowhere.pth"], [], r"MODEL\.WEIGHTS: /nowhere\.pth: no such file"),
+        (["OUTPUT_DIR", "/dev/null/x"], [], "OUTPUT_DIR: /dev/null/x: cannot be written to"),
+        (["SOLVER.IMS_PER_BATCH", "3"], ["--num-gpus", "2"], "is 3, expected a multiple of the 2"),
+        ([], ["--eval-only"], "--eval-only needs MODEL.WEIGHTS"),
+        (["DATASETS.TRAIN", "('ade20k_150_train',)", "MODEL.SEM_SEG_HEAD.NUM_CLASSES", "150"], [],
+         "ADEChallengeData2016.*DETECTRON2_DATASETS"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_one_sentence_before_training(tmp_path, options, flags, message, monkeypatch):
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "none"))
+    run = call(tmp_path / "output", *options, flags=flags)
+    assert run.returncode == 1
+    lines = [line for line in run.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and "Traceback" not in run.stderr
+    import re
+
+    assert re.search(message, lines[0]), lines[0]
