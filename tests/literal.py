@@ -44,9 +44,7 @@ def step(rows, initialized, features, labels, num_classes, momentum, cosine=True
     """Eq. 6 for the rows that are initialised; a row seen for the first time is set."""
     new = transform(rows, initialized, features, labels, num_classes, cosine)
     seen = torch.tensor([bool((labels == k).any()) for k in range(num_classes)])
-    moved = torch.where(
-        initialized[:, None], (1 - momentum) * rows + momentum * new, new
-    )
+    moved = torch.where(initialized[:, None], (1 - momentum) * rows + momentum * new, new)
     return torch.where(seen[:, None], moved, rows), initialized | seen
 
 

@@ -10,9 +10,7 @@ from detectron2.utils import comm
 
 def run(function, world_size, folder, *args):
     """Call ``function(rank, world_size, folder, *args)`` in each process; raises if one fails."""
-    mp.spawn(
-        _process, (world_size, str(folder), function, args), nprocs=world_size, join=True
-    )
+    mp.spawn(_process, (world_size, str(folder), function, args), nprocs=world_size, join=True)
 
 
 def _process(rank, world_size, folder, function, args):

@@ -9,7 +9,9 @@ from mcibi_d2.engine import load_config
 from mcibi_d2.modeling import TimmBackbone
 
 
-@pytest.mark.parametrize("name, channels", [("resnet50c", (1024, 2048)), ("mobilenetv2_100", (96, 320))])
+@pytest.mark.parametrize(
+    "name, channels", [("resnet50c", (1024, 2048)), ("mobilenetv2_100", (96, 320))]
+)
 @pytest.mark.parametrize("stride", [8, 16])
 def test_strides_and_channels(name, channels, stride):
     backbone = TimmBackbone(name, output_stride=stride).eval()

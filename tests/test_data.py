@@ -5,8 +5,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_tiny_cfg
-from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data import detection_utils
+from detectron2.data import DatasetCatalog, MetadataCatalog, detection_utils
 from detectron2.data import transforms as T
 from detectron2.utils.file_io import PathManager
 from PIL import Image

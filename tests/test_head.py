@@ -32,7 +32,9 @@ def test_every_parameter_is_in_the_graph(filled, update, fusion):
     if filled:
         head.memory.initialize(torch.randn(5, 16), torch.ones(5, dtype=torch.bool))
     _, losses = head(*make_input())
-    expected = {"loss_o", "loss_w", "loss_m", "loss_aux"} - ({"loss_m"} if update == "zero" else set())
+    expected = {"loss_o", "loss_w", "loss_m", "loss_aux"} - (
+        {"loss_m"} if update == "zero" else set()
+    )
     assert set(losses) == expected
     sum(losses.values()).backward()
     assert [name for name, p in head.named_parameters() if p.grad is None] == []

@@ -1,6 +1,7 @@
 import json
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -8,9 +9,10 @@ import time
 
 import processes
 import pytest
+import timm
 import torch
 from conftest import ROOT, make_tiny_cfg
-from detectron2.data import DatasetCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from fvcore.common.checkpoint import Checkpointer as FvcoreCheckpointer
 
 from mcibi_d2 import InputError
@@ -28,8 +30,6 @@ def assert_equal_models(path, other):
 def test_trains_logs_evaluates_and_keeps_the_best(tmp_path, monkeypatch):
     val = DatasetCatalog.get("scenes_val")[:3]
     DatasetCatalog.register("test_scenes_three", lambda: val)
-    from detectron2.data import MetadataCatalog
-
     metadata = MetadataCatalog.get("scenes_val").as_dict()
     metadata.pop("name")
     MetadataCatalog.get("test_scenes_three").set(**metadata)
@@ -107,6 +107,7 @@ def test_stopped_and_resumed_equals_unbroken(tmp_path):
     class Stop(Exception):
         pass
 
+    torch.manual_seed(0)  # as default_setup does, for the initial weights
     trainer = Trainer(make_tiny_cfg(tmp_path / "broken", *options))
     run_step = trainer.run_step
 
@@ -126,9 +127,7 @@ def test_stopped_and_resumed_equals_unbroken(tmp_path):
     assert_equal_models(tmp_path / "whole/model_final.pth", tmp_path / "broken/model_final.pth")
     states = [torch.load(tmp_path / d / "model_final.pth")["trainer"] for d in ("whole", "broken")]
     assert states[0]["iteration"] == states[1]["iteration"] == 5
-    for a, b in zip(
-        *(s["_trainer"]["optimizer"]["state"].values() for s in states), strict=True
-    ):
+    for a, b in zip(*(s["_trainer"]["optimizer"]["state"].values() for s in states), strict=True):
         assert torch.equal(a["momentum_buffer"], b["momentum_buffer"])
 
 
@@ -212,8 +211,6 @@ def test_is_readable_by_fvcore(tmp_path, tiny_cfg):
 
 
 def test_timm_state_dict_goes_to_the_backbone(tmp_path, tiny_cfg):
-    import timm
-
     source = timm.create_model("test_resnet")
     torch.save(source.state_dict(), tmp_path / "timm.pth")
     model = Trainer.build_model(tiny_cfg)
@@ -304,9 +301,7 @@ def test_two_processes_by_detectron2s_launcher_and_by_torchrun(tmp_path):
                 "--master-port", "0", "--standalone")  # fmt: skip
     run = call(tmp_path / "torchrun", "SOLVER.MAX_ITER", "3", program=torchrun)
     assert run.returncode == 0, run.stderr[-2000:]
-    assert_equal_models(
-        tmp_path / "spawned/model_final.pth", tmp_path / "torchrun/model_final.pth"
-    )
+    assert_equal_models(tmp_path / "spawned/model_final.pth", tmp_path / "torchrun/model_final.pth")
 
 
 def _train(rank, world_size, folder):
@@ -345,6 +340,4 @@ def test_mistakes_are_one_sentence_before_training(tmp_path, options, flags, mes
     assert run.returncode == 1
     lines = [line for line in run.stderr.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1 and "Traceback" not in run.stderr
-    import re
-
     assert re.search(message, lines[0]), lines[0]

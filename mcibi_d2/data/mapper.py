@@ -84,9 +84,7 @@ class SemSegMapper:
         inputs = T.AugInput(image, sem_seg=labels)
         self.augmentations(inputs)
 
-        record["image"] = torch.from_numpy(
-            np.ascontiguousarray(inputs.image.transpose(2, 0, 1))
-        )
+        record["image"] = torch.from_numpy(np.ascontiguousarray(inputs.image.transpose(2, 0, 1)))
         if labels is not None:
             record["sem_seg"] = torch.from_numpy(np.ascontiguousarray(inputs.sem_seg)).long()
         return record

@@ -131,7 +131,9 @@ def render(split: str, number: int) -> tuple[np.ndarray, np.ndarray]:
     horizon = rng.uniform(0.3, 0.55) * HEIGHT
     canvas.box(SKY, 0, 0, WIDTH, HEIGHT)
     if rng.random() < 0.5:
-        canvas.disc(SUN, rng.uniform(8, WIDTH - 8), rng.uniform(6, horizon * 0.6), rng.uniform(3, 6))
+        canvas.disc(
+            SUN, rng.uniform(8, WIDTH - 8), rng.uniform(6, horizon * 0.6), rng.uniform(3, 6)
+        )
     for _ in range(rng.integers(0, 4)):
         canvas.disc(BIRD, rng.uniform(4, WIDTH - 4), rng.uniform(4, horizon * 0.8), 3, 0.4)
     canvas.box(GRASS, 0, horizon, WIDTH, HEIGHT)

@@ -30,7 +30,9 @@ class Checkpointer(DetectionCheckpointer):
         checkpointables: other objects with ``state_dict``, saved beside the model.
     """
 
-    def __init__(self, model: nn.Module, save_dir: str = "", *, save_to_disk=None, **checkpointables):
+    def __init__(
+        self, model: nn.Module, save_dir: str = "", *, save_to_disk=None, **checkpointables
+    ):
         super().__init__(model, save_dir, save_to_disk=save_to_disk, **checkpointables)
         # What `load` was called with, for the steps in between.
         self._path, self._strict = "", False

@@ -78,8 +78,11 @@ def _guarded(main: Callable, args: argparse.Namespace, cfg: CfgNode) -> None:
 
 def _sentence(error: InputError) -> str:
     """The message alone; a data loader's worker sends its whole traceback along."""
-    return str(error).strip().splitlines()[-1].removeprefix(
-        f"{InputError.__module__}.{InputError.__qualname__}: "
+    return (
+        str(error)
+        .strip()
+        .splitlines()[-1]
+        .removeprefix(f"{InputError.__module__}.{InputError.__qualname__}: ")
     )
 
 

@@ -121,9 +121,7 @@ def draw_random_pixels(
     head = model.sem_seg_head
     memory: FeatureMemory = head.memory
     world_size = comm.get_world_size()
-    best = torch.full(
-        (memory.num_classes,), -1.0, dtype=torch.float64, device=memory.rows.device
-    )
+    best = torch.full((memory.num_classes,), -1.0, dtype=torch.float64, device=memory.rows.device)
     rows = torch.zeros_like(memory.rows)
     images = 0
     was_training = model.training

@@ -75,9 +75,12 @@ def setup(args: argparse.Namespace) -> CfgNode:
         InputError: in one sentence, what is wrong.
     """
     cfg = load_config(args.config_file, args.opts)
-    resuming = args.resume and DetectionCheckpointer(
-        torch.nn.Module(), cfg.OUTPUT_DIR, save_to_disk=False
-    ).has_checkpoint()
+    resuming = (
+        args.resume
+        and DetectionCheckpointer(
+            torch.nn.Module(), cfg.OUTPUT_DIR, save_to_disk=False
+        ).has_checkpoint()
+    )
     if args.eval_only or resuming:
         cfg.MODEL.TIMM.PRETRAINED = False
     if args.eval_only and not resuming and not cfg.MODEL.WEIGHTS:

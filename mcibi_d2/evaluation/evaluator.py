@@ -39,9 +39,7 @@ class SemSegEvaluator(Detectron2SemSegEvaluator):
                     f"data set {dataset_name} has no {key} in its metadata, which evaluation needs"
                 )
         unlabelled = [
-            r["file_name"]
-            for r in DatasetCatalog.get(dataset_name)
-            if "sem_seg_file_name" not in r
+            r["file_name"] for r in DatasetCatalog.get(dataset_name) if "sem_seg_file_name" not in r
         ]
         if unlabelled:
             raise InputError(
@@ -65,9 +63,7 @@ class SemSegEvaluator(Detectron2SemSegEvaluator):
                 self.input_file_to_gt_file[x["file_name"]], self._dataset_name, predicted.shape
             )
             truth = np.where(truth == self._ignore_label, self._num_classes, truth)
-            counts = np.bincount(
-                (side * predicted + truth).reshape(-1), minlength=side * side
-            )
+            counts = np.bincount((side * predicted + truth).reshape(-1), minlength=side * side)
             self._conf_matrix += counts.reshape(side, side)
 
     def evaluate(self) -> dict | None:

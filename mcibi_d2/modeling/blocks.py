@@ -15,9 +15,7 @@ def conv_norm_relu(
     in_channels: int, out_channels: int, kernel_size: int, norm: NormFactory = nn.BatchNorm2d
 ) -> nn.Sequential:
     """Convolution of stride 1 that keeps the size, norm, ReLU (no bias before the norm)."""
-    conv = nn.Conv2d(
-        in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=False
-    )
+    conv = nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=False)
     nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
     return nn.Sequential(conv, norm(out_channels), nn.ReLU(inplace=True))
 

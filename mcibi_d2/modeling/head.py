@@ -1,4 +1,4 @@
-"""The segmentation head: projection -> H1 -> memory -> attention -> fusion -> H2, and the losses."""
+"""The head: projection -> H1 -> memory -> attention -> fusion -> H2, and the losses."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -126,9 +126,7 @@ class MCIBIHead(nn.Module):
             self.fuse = FUSIONS[fusion](channels, fuse_kernel, make_norm)
             self.h2 = self._two_layer_head(channels, num_classes, dropout, make_norm)
         else:
-            self.classify = nn.Sequential(
-                nn.Dropout2d(dropout), classifier(channels, num_classes)
-            )
+            self.classify = nn.Sequential(nn.Dropout2d(dropout), classifier(channels, num_classes))
         if aux_feature:
             aux_channels = input_shape[aux_feature].channels
             self.aux = nn.Sequential(

@@ -116,8 +116,7 @@ class FeatureMemory(nn.Module):
             )
         if labels.dim() != 3 or len(labels) != len(features):
             raise ValueError(
-                f"observe: labels of shape {tuple(labels.shape)}, "
-                f"expected ({len(features)}, H, W)"
+                f"observe: labels of shape {tuple(labels.shape)}, expected ({len(features)}, H, W)"
             )
         directions = None
         if self.update == "cosine":

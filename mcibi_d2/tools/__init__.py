@@ -1,0 +1,1 @@
+"""Command-line tools: ``python -m mcibi_d2.tools.<name> --help``."""
