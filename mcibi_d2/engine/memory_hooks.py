@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterable
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -176,7 +177,8 @@ def _keep_largest_keys(
         ignore_value: label to leave out.
     """
     # On the CPU, so that every device draws the same; 53 bits, so that keys do not tie.
-    generator = torch.Generator().manual_seed(hash((seed, position)) & (2**63 - 1))
+    state = np.random.SeedSequence([seed, position, 2]).generate_state(1, np.uint64)
+    generator = torch.Generator().manual_seed(int(state[0]))
     keys = torch.rand(labels.numel(), generator=generator, dtype=torch.float64).to(labels.device)
     flat = labels.flatten()
     valid = ((flat >= 0) & (flat < len(best)) & (flat != ignore_value)).nonzero().flatten()

@@ -6,7 +6,6 @@ import os
 import tempfile
 
 import torch
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
@@ -75,27 +74,25 @@ def setup(args: argparse.Namespace) -> CfgNode:
         InputError: in one sentence, what is wrong.
     """
     cfg = load_config(args.config_file, args.opts)
-    resuming = (
-        args.resume
-        and DetectionCheckpointer(
-            torch.nn.Module(), cfg.OUTPUT_DIR, save_to_disk=False
-        ).has_checkpoint()
-    )
+    resuming = args.resume and os.path.isfile(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint"))
     if args.eval_only or resuming:
         cfg.MODEL.TIMM.PRETRAINED = False
     if args.eval_only and not resuming and not cfg.MODEL.WEIGHTS:
         raise InputError("--eval-only needs MODEL.WEIGHTS <checkpoint>, or --resume")
     cfg.freeze()
-    check_config(cfg, args.num_gpus * args.num_machines, train=not args.eval_only)
+    check_config(cfg, args.num_gpus, args.num_machines, train=not args.eval_only)
     return cfg
 
 
-def check_config(cfg: CfgNode, world_size: int = 1, train: bool = True) -> None:
+def check_config(
+    cfg: CfgNode, num_gpus: int = 1, num_machines: int = 1, train: bool = True
+) -> None:
     """Raise an :class:`InputError` for what would go wrong later.
 
     Args:
         cfg: to check.
-        world_size: number of processes.
+        num_gpus: number of processes on this machine.
+        num_machines: number of machines.
         train: whether the training set is used.
     """
     for key, value, allowed in (
@@ -109,15 +106,17 @@ def check_config(cfg: CfgNode, world_size: int = 1, train: bool = True) -> None:
     ):
         if value not in allowed:
             raise InputError(f"{key} is {value!r}, expected one of {', '.join(map(str, allowed))}")
-    if torch.device(cfg.MODEL.DEVICE).type == "cuda" and not torch.cuda.is_available():
+    on_gpu = torch.device(cfg.MODEL.DEVICE).type == "cuda"
+    if on_gpu and num_gpus > torch.cuda.device_count():
         raise InputError(
-            f"MODEL.DEVICE is {cfg.MODEL.DEVICE!r}, but torch {torch.__version__} sees no GPU; add "
-            f"MODEL.DEVICE cpu to train on the CPU"
+            f"MODEL.DEVICE is {cfg.MODEL.DEVICE!r}, but torch {torch.__version__} sees "
+            f"{torch.cuda.device_count()} GPUs, expected {num_gpus} (--num-gpus); add "
+            f"MODEL.DEVICE cpu to use the CPU"
         )
     weights = cfg.MODEL.WEIGHTS
     if weights and "://" not in weights and not os.path.isfile(weights):
         raise InputError(f"MODEL.WEIGHTS: {weights}: no such file, expected a checkpoint")
-    reference = cfg.SOLVER.REFERENCE_WORLD_SIZE or world_size
+    reference = cfg.SOLVER.REFERENCE_WORLD_SIZE or num_gpus * num_machines
     if train and cfg.SOLVER.IMS_PER_BATCH % reference:
         raise InputError(
             f"SOLVER.IMS_PER_BATCH is {cfg.SOLVER.IMS_PER_BATCH}, expected a multiple of the "
