@@ -14,6 +14,7 @@ import torch
 from conftest import ROOT, make_tiny_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from fvcore.common.checkpoint import Checkpointer as FvcoreCheckpointer
+from PIL import Image
 
 from mcibi_d2 import InputError
 from mcibi_d2.engine import Checkpointer, Trainer
@@ -341,3 +342,33 @@ def test_mistakes_are_one_sentence_before_training(tmp_path, options, flags, mes
     lines = [line for line in run.stderr.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1 and "Traceback" not in run.stderr
     assert re.search(message, lines[0]), lines[0]
+
+
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        ("label", r"train0\.png: label 200 is not in the table of camvid_11_train"),
+        ("image", r"train0\.png: cannot be read as an image"),
+    ],
+)
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_bad_files_are_one_sentence_from_any_worker(tmp_path, monkeypatch, spoil, message, workers):
+    folder = tmp_path / "CamVid"
+    (folder / "train").mkdir(parents=True)
+    (folder / "trainannot").mkdir()
+    Image.new("RGB", (40, 30)).save(folder / "train/train0.png")
+    Image.new("L", (40, 30), 200).save(folder / "trainannot/train0.png")
+    if spoil == "image":
+        whole = (folder / "train/train0.png").read_bytes()
+        (folder / "train/train0.png").write_bytes(whole[: len(whole) // 2])
+    (folder / "train.txt").write_text("/x/train/train0.png /x/trainannot/train0.png\n")
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+    run = call(
+        tmp_path / "output", "DATASETS.TRAIN", "('camvid_11_train',)",
+        "MODEL.SEM_SEG_HEAD.NUM_CLASSES", "11", "DATALOADER.NUM_WORKERS", workers,
+    )  # fmt: skip
+    assert run.returncode == 1
+    errors = [line for line in run.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and re.search(message, errors[0]), run.stderr[-2000:]
+    assert "Traceback" not in run.stdout + run.stderr
+    assert re.search(message, (tmp_path / "output/log.txt").read_text())

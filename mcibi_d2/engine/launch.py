@@ -1,6 +1,7 @@
 """Start one process or several: by Detectron2's launcher or under torchrun."""
 
 import argparse
+import logging
 import os
 import sys
 from collections.abc import Callable
@@ -68,12 +69,21 @@ def launch(
 
 
 def _guarded(main: Callable, args: argparse.Namespace, cfg: CfgNode) -> None:
+    logging.getLogger("detectron2.engine.train_loop").addFilter(_without_traceback)
     try:
         main(args, cfg)
     except InputError as error:
         print(f"error: {_sentence(error)}", file=sys.stderr, flush=True)
         # Not an exception: that would print a traceback. Not a clean exit: other processes wait.
         os._exit(1) if comm.get_world_size() > 1 else sys.exit(1)
+
+
+def _without_traceback(record: logging.LogRecord) -> bool:
+    """Let Detectron2 log an :class:`InputError` as its sentence."""
+    if record.exc_info and isinstance(record.exc_info[1], InputError):
+        record.msg = f"{record.getMessage()} {_sentence(record.exc_info[1])}"
+        record.exc_info = None
+    return True
 
 
 def _sentence(error: InputError) -> str:
