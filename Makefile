@@ -59,5 +59,5 @@ lint: $(installed)
 	$(python) -m ruff format --check .
 
 clean:
-	rm -rf .venv output build *.egg-info
+	rm -rf .venv output/demo build *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

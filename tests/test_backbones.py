@@ -1,7 +1,6 @@
 import pytest
 import timm
 import torch
-from detectron2.layers import FrozenBatchNorm2d
 from detectron2.modeling import build_backbone
 
 from mcibi_d2 import InputError
@@ -39,10 +38,15 @@ def test_deep_stem_is_that_of_the_paper():
     assert [m.out_channels for m in stem if isinstance(m, torch.nn.Conv2d)] == [32, 32, 64]
 
 
-def test_frozen_norm():
-    backbone = TimmBackbone("test_resnet", norm="FrozenBN")
-    kinds = {type(m) for m in backbone.modules()}
-    assert FrozenBatchNorm2d in kinds and torch.nn.BatchNorm2d not in kinds
+@pytest.mark.parametrize("name", ["test_resnet", "mobilenetv2_100"])
+def test_frozen_norm_is_the_norm_in_evaluation(name):
+    plain = TimmBackbone(name).eval()
+    frozen = TimmBackbone(name, norm="FrozenBN").train()
+    frozen.load_state_dict(plain.state_dict(), strict=False)
+    assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in frozen.modules())
+    images = torch.randn(1, 3, 64, 64)
+    for key, feature in frozen(images).items():
+        torch.testing.assert_close(feature, plain(images)[key], atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -75,6 +75,12 @@ def test_broken_and_missing_files_are_said(tmp_path, text, message):
         load_config(str(path))
 
 
+def test_missing_base_file_is_named(tmp_path):
+    (tmp_path / "leaf.yaml").write_text("_BASE_: none.yaml\n")
+    with pytest.raises(InputError, match=r"leaf\.yaml: .*none\.yaml: No such file"):
+        load_config(str(tmp_path / "leaf.yaml"))
+
+
 def test_works_from_another_detectron2_project(tmp_path):
     """The README's example: the keys, the segmentor and the trainer, by import."""
     cfg = get_cfg()

@@ -112,6 +112,25 @@ def test_other_projects_data_sets_hold_class_ids(tmp_path):
         MetadataCatalog.remove(name)
 
 
+def test_more_classes_than_a_byte_holds(tmp_path, tiny_cfg):
+    name = "test_many_classes"
+    DatasetCatalog.register(name, list)
+    MetadataCatalog.get(name).set(stuff_classes=[str(i) for i in range(300)], ignore_label=65535)
+    tiny_cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE = 65535
+    try:
+        Image.fromarray(np.full((80, 120), 270, np.uint16)).save(tmp_path / "y.png")
+        save(tmp_path / "x.jpg", np.zeros((80, 120, 3)))
+        record = {"file_name": str(tmp_path / "x.jpg"), "dataset_name": name,
+                  "sem_seg_file_name": str(tmp_path / "y.png")}  # fmt: skip
+        for seed in range(5):
+            np.random.seed(seed)
+            labels = SemSegMapper(tiny_cfg, True)(record)["sem_seg"]
+            assert 270 in labels and set(labels.unique().tolist()) <= {270, 65535}
+    finally:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+
+
 @pytest.mark.parametrize(
     "array, message",
     [

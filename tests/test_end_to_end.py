@@ -68,6 +68,15 @@ def test_camvid(tmp_path, real_data, mobilenet_weights):
     assert (tmp_path / "model_best.pth").is_file()
 
 
+def test_readmes_code_runs(tmp_path):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert len(blocks) == 2
+    for block in blocks:
+        output = run("-c", block.replace("output/library", str(tmp_path)))
+    assert (tmp_path / "model_final.pth").is_file()
+    assert "Error" not in output
+
+
 @pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "datasets/README.md"])
 def test_documents_name_files_that_exist(name):
     text = (ROOT / name).read_text()

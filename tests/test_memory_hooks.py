@@ -7,11 +7,14 @@ import torch
 import torch.nn.functional as F
 from conftest import make_tiny_cfg
 from detectron2.engine import hooks
+from detectron2.layers import ShapeSpec
+from detectron2.structures import ImageList
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mcibi_d2.engine import MemoryInitHook, MemoryUpdateHook, Trainer, memory_hooks
 from mcibi_d2.engine.memory_hooks import draw_random_pixels, poly_momentum
+from mcibi_d2.modeling import MCIBIHead
 
 
 @given(st.integers(0, 1000), st.floats(0.01, 1.0), st.floats(0.1, 2.0))
@@ -54,20 +57,31 @@ def test_memory_moves_once_per_step_by_what_the_step_observed(tmp_path, monkeypa
 
 
 class TinyModel(torch.nn.Module):
-    """A segmentor whose features are the image itself."""
+    """A segmentor whose projected features are the image itself."""
 
-    def __init__(self, classes):
+    def __init__(self, classes, divisibility=0):
         super().__init__()
-        self.sem_seg_head = torch.nn.Module()
-        self.sem_seg_head.memory = memory_hooks.FeatureMemory(classes, 3)
-        self.sem_seg_head.extract = lambda features: features
-        self.backbone = lambda images: images
+        shape = {"res5": ShapeSpec(channels=3, stride=1)}
+        self.head = MCIBIHead(
+            shape, in_feature="res5", num_classes=classes, channels=3, attention_dim=2
+        )
+        self.head.project = torch.nn.Identity()
+        self.backbone = torch.nn.Module()
+        self.backbone.size_divisibility = divisibility
 
-    def preprocess(self, batch):
-        class Images:
-            tensor = torch.stack([x["image"] for x in batch])
+    def forward(self, batch):
+        images = ImageList.from_tensors(
+            [x["image"] for x in batch], self.backbone.size_divisibility
+        )
+        return self.head({"res5": images.tensor})
 
-        return Images
+    @property
+    def memory(self):
+        return self.head.memory
+
+
+def draw(model, batches, seed, max_images):
+    draw_random_pixels(model, model.head, batches, seed, max_images)
 
 
 def stream(count, size=(4, 5), classes=3, seed=0):
@@ -87,11 +101,11 @@ def batched(samples, size):
 
 def test_rows_are_pixels_of_their_class():
     samples = stream(3, size=(9, 7))
-    for sample in samples:
+    for sample in samples:  # features smaller than the labels
         sample["image"] = torch.rand(3, 4, 3)
     model = TinyModel(3)
-    draw_random_pixels(model, batched(samples, 1), seed=0, max_images=100)
-    for k, row in enumerate(model.sem_seg_head.memory.rows):
+    draw(model, batched(samples, 1), seed=0, max_images=100)
+    for k, row in enumerate(model.memory.rows):
         pixels = []
         for x in samples:
             up = F.interpolate(x["image"][None], (9, 7), mode="bilinear", align_corners=False)[0]
@@ -113,8 +127,8 @@ def test_draw_is_uniform_over_the_pixels_of_all_images():
             {"image": image, "sem_seg": labels, "position": p}
             for p, (image, labels) in enumerate(zip(images, (first, second), strict=True))
         ]
-        draw_random_pixels(model, batched(samples, 1), seed, max_images=100)
-        counts[int(model.sem_seg_head.memory.rows[0, 0])] += 1
+        draw(model, batched(samples, 1), seed, max_images=100)
+        counts[int(model.memory.rows[0, 0])] += 1
     taken = counts[counts > 0]
     assert len(taken) == 6
     chi_square = ((taken - draws / 6) ** 2 / (draws / 6)).sum()
@@ -133,33 +147,33 @@ def test_classes_not_found_stay_uninitialised_and_the_limit_holds():
             yield batch
 
     model = TinyModel(3)
-    draw_random_pixels(model, loader(), seed=0, max_images=4)
-    assert model.sem_seg_head.memory.initialized.tolist() == [True, True, False]
+    draw(model, loader(), seed=0, max_images=4)
+    assert model.memory.initialized.tolist() == [True, True, False]
     assert sum(used) == 4
 
 
 def _draw(rank, world_size, folder):
     model = TinyModel(12)
     mine = [x for x in stream(12, classes=12) if x["position"] % world_size == rank]
-    draw_random_pixels(model, batched(mine, 6 // world_size), seed=3, max_images=12)
-    torch.save(model.sem_seg_head.memory.state_dict(), f"{folder}/{world_size}-{rank}.pth")
+    draw(model, batched(mine, 6 // world_size), seed=3, max_images=12)
+    torch.save(model.memory.state_dict(), f"{folder}/{world_size}-{rank}.pth")
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_draw_is_the_same_on_every_number_of_processes(tmp_path, world_size):
     alone = TinyModel(12)
-    draw_random_pixels(alone, batched(stream(12, classes=12), 6), seed=3, max_images=12)
+    draw(alone, batched(stream(12, classes=12), 6), seed=3, max_images=12)
     processes.run(_draw, world_size, tmp_path)
     for rank in range(world_size):
         state = torch.load(tmp_path / f"{world_size}-{rank}.pth")
-        torch.testing.assert_close(state["rows"], alone.sem_seg_head.memory.rows)
+        torch.testing.assert_close(state["rows"], alone.memory.rows)
 
 
 def test_memory_is_initialised_before_training_and_not_again(tmp_path, monkeypatch):
     calls = []
-    draw = memory_hooks.draw_random_pixels
+    original = memory_hooks.draw_random_pixels
     monkeypatch.setattr(
-        memory_hooks, "draw_random_pixels", lambda *args: (calls.append(1), draw(*args))
+        memory_hooks, "draw_random_pixels", lambda *args: (calls.append(1), original(*args))
     )
     cfg = make_tiny_cfg(tmp_path / "output", "SOLVER.CHECKPOINT_PERIOD", "2")
     Trainer(cfg).train()
@@ -174,3 +188,30 @@ def test_memory_is_initialised_before_training_and_not_again(tmp_path, monkeypat
 def test_first_batch_mean_has_no_initial_pass(tmp_path):
     cfg = make_tiny_cfg(tmp_path, "MODEL.MCIBI.MEMORY.INIT", "first_batch_mean")
     assert MemoryInitHook not in {type(h) for h in Trainer(cfg)._hooks}
+
+
+@pytest.mark.parametrize("divisibility", [0, 32])
+def test_padding_of_a_batch_is_never_drawn(divisibility):
+    small = {"image": torch.ones(3, 5, 5), "sem_seg": torch.zeros(5, 5).long(), "position": 0}
+    large = {"image": torch.ones(3, 9, 9), "sem_seg": torch.ones(9, 9).long(), "position": 1}
+    for seed in range(10):
+        model = TinyModel(2, divisibility)
+        draw(model, [[small, large]], seed, max_images=10)
+        assert torch.equal(model.memory.rows, torch.ones(2, 3))
+
+
+def test_trains_in_detectron2s_own_segmentor(tmp_path):
+    cfg = make_tiny_cfg(tmp_path, "MODEL.META_ARCHITECTURE", "SemanticSegmentor")
+    trainer = Trainer(cfg)
+    trainer.train()
+    assert trainer.model.sem_seg_head.memory.initialized.all()
+
+
+def test_precise_bn_leaves_the_memory_alone(tmp_path):
+    trainer = Trainer(make_tiny_cfg(tmp_path))
+    batch = next(iter(trainer.data_loader))
+    with torch.no_grad():
+        trainer.model(batch)
+    assert not trainer.model.sem_seg_head.memory._sums.any()
+    trainer.model(batch)
+    assert trainer.model.sem_seg_head.memory._sums.any()

@@ -27,10 +27,11 @@ def test_is_built_by_name_from_a_config(model):
 
 
 @pytest.mark.parametrize("enabled", [True, False])
-def test_trains_on_any_size(tmp_path, enabled):
+@pytest.mark.parametrize("size", [(65, 97), (473, 473)])
+def test_trains_on_any_size(tmp_path, enabled, size):
     cfg = make_tiny_cfg(tmp_path, "MODEL.MCIBI.ENABLED", str(enabled))
     model = build_model(cfg).train()
-    batch = images((73, 73), (65, 97))
+    batch = images(size, (64, 80))
     for x in batch:
         x["sem_seg"] = torch.randint(0, 16, x["image"].shape[1:])
     losses = model(batch)

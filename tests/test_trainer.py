@@ -28,22 +28,12 @@ def assert_equal_models(path, other):
     assert different == []
 
 
-def test_trains_logs_evaluates_and_keeps_the_best(tmp_path, monkeypatch):
-    val = DatasetCatalog.get("scenes_val")[:3]
-    DatasetCatalog.register("test_scenes_three", lambda: val)
-    metadata = MetadataCatalog.get("scenes_val").as_dict()
-    metadata.pop("name")
-    MetadataCatalog.get("test_scenes_three").set(**metadata)
-    cfg = make_tiny_cfg(
-        tmp_path, "DATASETS.TEST", "('test_scenes_three',)", "TEST.EVAL_PERIOD", "2",
-        "SOLVER.CHECKPOINT_PERIOD", "2",
-    )  # fmt: skip
-    try:
-        trainer = Trainer(cfg)
-        trainer.train()
-    finally:
-        DatasetCatalog.remove("test_scenes_three")
-        MetadataCatalog.remove("test_scenes_three")
+def test_trains_logs_evaluates_and_keeps_the_best(tmp_path, three_scenes):
+    Trainer(
+        make_tiny_cfg(
+            tmp_path, *three_scenes, "TEST.EVAL_PERIOD", "2", "SOLVER.CHECKPOINT_PERIOD", "2"
+        )
+    ).train()
     files = set(os.listdir(tmp_path))
     assert {"model_0000001.pth", "model_final.pth", "model_best.pth", "last_checkpoint",
             "metrics.json"} <= files  # fmt: skip
@@ -59,7 +49,12 @@ def test_trains_logs_evaluates_and_keeps_the_best(tmp_path, monkeypatch):
 def test_mixed_precision(tmp_path, precision):
     cfg = make_tiny_cfg(tmp_path, "SOLVER.AMP.ENABLED", "True", "SOLVER.AMP.PRECISION", precision)
     trainer = Trainer(cfg)
+    types = set()
+    trainer.model.sem_seg_head.project.register_forward_hook(
+        lambda module, _, output: types.add(output.dtype) if module.training else None
+    )
     trainer.train()
+    assert types == {getattr(torch, precision)}
     memory = trainer.model.sem_seg_head.memory
     assert memory.rows.dtype == torch.float32 and memory.rows.isfinite().all()
     state = torch.load(tmp_path / "model_final.pth")["trainer"]["_trainer"]
@@ -101,8 +96,9 @@ def test_warmup_is_optional_and_other_schedules_are_detectron2s(tmp_path):
         assert optimizer.param_groups[0]["lr"] == pytest.approx(0.5)
 
 
-def test_stopped_and_resumed_equals_unbroken(tmp_path):
-    options = ["SOLVER.MAX_ITER", "6", "SOLVER.CHECKPOINT_PERIOD", "3"]
+def test_stopped_and_resumed_equals_unbroken(tmp_path, three_scenes):
+    options = [*three_scenes, "TEST.EVAL_PERIOD", "2", "SOLVER.MAX_ITER", "6",
+               "SOLVER.CHECKPOINT_PERIOD", "3"]  # fmt: skip
     Trainer(make_tiny_cfg(tmp_path / "whole", *options)).train()
 
     class Stop(Exception):
@@ -142,16 +138,60 @@ def test_random_seed_is_kept_for_resuming(tmp_path):
     assert again.seed == trainer.seed
 
 
-def test_best_value_is_kept_for_resuming(tmp_path):
-    trainer = Trainer(make_tiny_cfg(tmp_path, "DATASETS.TEST", "('scenes_val',)"))
-    keeper = next(h for h in trainer._hooks if type(h).__name__ == "KeepBest")
-    keeper.best_metric, keeper.best_iter = 40.0, 2
-    trainer.iter = 2
-    trainer.checkpointer.save("x")
-    again = Trainer(trainer.cfg)
-    again.resume_or_load(resume=True)
-    keeper = next(h for h in again._hooks if type(h).__name__ == "KeepBest")
-    assert (keeper.best_metric, keeper.best_iter) == (40.0, 2)
+@pytest.fixture
+def three_scenes():
+    """A validation set of seconds."""
+    records = DatasetCatalog.get("scenes_val")[:3]
+    DatasetCatalog.register("test_scenes_three", lambda: records)
+    metadata = MetadataCatalog.get("scenes_val").as_dict()
+    metadata.pop("name")
+    MetadataCatalog.get("test_scenes_three").set(**metadata)
+    yield ["DATASETS.TEST", "('test_scenes_three',)"]
+    DatasetCatalog.remove("test_scenes_three")
+    MetadataCatalog.remove("test_scenes_three")
+
+
+def evaluates_to(monkeypatch, *values):
+    """Let the evaluations of all trainers give these numbers, one after the other."""
+    values = iter(values)
+    monkeypatch.setattr(
+        Trainer, "test", classmethod(lambda *_: {"sem_seg": {"mIoU": next(values)}})
+    )
+
+
+def test_best_is_kept_over_resuming(tmp_path, monkeypatch, three_scenes):
+    options = [*three_scenes, "TEST.EVAL_PERIOD", "2", "SOLVER.CHECKPOINT_PERIOD", "2"]
+    evaluates_to(monkeypatch, 10.0, 50.0, 11.0, 60.0)
+    Trainer(make_tiny_cfg(tmp_path, *options)).train()
+
+    def best():
+        record = json.loads((tmp_path / "model_best.json").read_text())
+        iteration = torch.load(tmp_path / "model_best.pth")["trainer"]["iteration"]
+        return record["value"], iteration
+
+    assert best()[0] == 50.0
+    assert (tmp_path / "last_checkpoint").read_text() == "model_final.pth"
+    trainer = Trainer(make_tiny_cfg(tmp_path, *options, "SOLVER.MAX_ITER", "8"))
+    trainer.resume_or_load(resume=True)
+    assert trainer.start_iter == 4
+    trainer.train()
+    assert best()[0] == 60.0
+
+
+def test_error_in_the_last_iterations_keeps_nothing(tmp_path, monkeypatch, three_scenes):
+    options = [*three_scenes, "SOLVER.CHECKPOINT_PERIOD", "2"]
+    trainer = Trainer(make_tiny_cfg(tmp_path, *options))
+    forward = trainer.model.forward
+
+    def spoiled(batch):
+        losses = forward(batch)
+        return {k: v * float("nan") if trainer.iter == 2 else v for k, v in losses.items()}
+
+    trainer.model.forward = spoiled
+    with pytest.raises(InputError, match="at iteration 2"):
+        trainer.train()
+    assert sorted(p.name for p in tmp_path.glob("*.pth")) == ["model_0000001.pth"]
+    assert (tmp_path / "last_checkpoint").read_text() == "model_0000001.pth"
 
 
 @pytest.mark.parametrize("at", [1, 3])
@@ -177,6 +217,27 @@ def test_loss_that_is_not_finite_names_itself_and_the_files(tmp_path, at):
     assert saved == ([] if at == 1 else ["model_0000001.pth"])
     for name in saved:
         assert all(v.isfinite().all() for v in torch.load(tmp_path / name)["model"].values())
+
+
+def _bad_loss_on_one(rank, world_size, folder):
+    trainer = Trainer(make_tiny_cfg(f"{folder}/output"))
+    forward = trainer.model.module.forward
+
+    def spoiled(batch):
+        scale = float("nan") if rank == 1 and trainer.iter == 2 else 1.0
+        return {k: v * scale for k, v in forward(batch).items()}
+
+    trainer.model.module.forward = spoiled
+    with pytest.raises(InputError) as error:
+        trainer.train()
+    with open(f"{folder}/{rank}.txt", "w") as file:
+        file.write(str(error.value))
+
+
+def test_every_process_says_the_same_of_a_bad_loss(tmp_path):
+    processes.run(_bad_loss_on_one, 2, tmp_path)
+    first, second = ((tmp_path / f"{rank}.txt").read_text() for rank in range(2))
+    assert first == second and "at iteration 2;" in first
 
 
 # --- checkpoints
@@ -221,6 +282,44 @@ def test_timm_state_dict_goes_to_the_backbone(tmp_path, tiny_cfg):
     assert len(shared) == sum(k.startswith("backbone.") for k in state)
     for key in shared:
         assert torch.equal(state[f"backbone.net.{key}"], source.state_dict()[key])
+
+
+@pytest.mark.parametrize("wrap", ["module", "state_dict"])
+def test_other_ways_to_write_a_timm_state_dict(tmp_path, tiny_cfg, wrap):
+    state = timm.create_model("test_resnet").state_dict()
+    wrapped = {f"module.{k}": v for k, v in state.items()}
+    torch.save(wrapped if wrap == "module" else {"state_dict": state}, tmp_path / "timm.pth")
+    model = Trainer.build_model(tiny_cfg)
+    Checkpointer(model).load(str(tmp_path / "timm.pth"))
+    assert torch.equal(
+        model.state_dict()["backbone.net.layer1.0.conv1.weight"], state["layer1.0.conv1.weight"]
+    )
+
+
+def test_another_width_leaves_the_memory_uninitialised(tmp_path):
+    trainer = Trainer(make_tiny_cfg(tmp_path))
+    trainer.train()
+    other = Trainer.build_model(make_tiny_cfg(tmp_path, "MODEL.SEM_SEG_HEAD.CONVS_DIM", "24"))
+    Checkpointer(other).load(str(tmp_path / "model_final.pth"))
+    assert not other.sem_seg_head.memory.initialized.any()
+
+
+def test_a_trunk_alone_is_enough_for_a_larger_backbone(tmp_path, tiny_cfg):
+    model = Trainer.build_model(tiny_cfg)
+    state = {k: v for k, v in model.state_dict().items() if k.startswith("backbone.")}
+    torch.save({"model": dict(list(state.items())[:-10])}, tmp_path / "trunk.pth")
+    Checkpointer(model).load(str(tmp_path / "trunk.pth"))
+    with pytest.raises(InputError, match="not a checkpoint of this model"):
+        Checkpointer(model).load(str(tmp_path / "trunk.pth"), strict=True)
+
+
+def test_a_failed_load_does_not_stand_in_the_way_of_the_next(tmp_path, tiny_cfg):
+    checkpointer = Checkpointer(Trainer.build_model(tiny_cfg), str(tmp_path))
+    checkpointer.save("a")
+    (tmp_path / "text.pth").write_text("hello")
+    with pytest.raises(InputError):
+        checkpointer.load(str(tmp_path / "text.pth"))
+    checkpointer.load(str(tmp_path / "a.pth"), strict=True)
 
 
 def test_another_number_of_classes_keeps_the_rest(tmp_path):
@@ -315,9 +414,8 @@ def test_processes_end_with_equal_weights_and_memories(tmp_path):
     processes.run(_train, 2, tmp_path)
     first, second = (torch.load(tmp_path / f"{rank}.pth") for rank in range(2))
     assert first["sem_seg_head.memory.initialized"].any()
-    for key, value in first.items():
-        if "running" not in key:  # plain batch norm has statistics of its own on each process
-            assert torch.equal(value, second[key]), key
+    # The running statistics of plain batch norms, too.
+    assert [key for key, value in first.items() if not torch.equal(value, second[key])] == []
 
 
 @pytest.mark.parametrize(
@@ -331,6 +429,10 @@ def test_processes_end_with_equal_weights_and_memories(tmp_path):
         (["OUTPUT_DIR", "/dev/null/x"], [], "OUTPUT_DIR: /dev/null/x: cannot be written to"),
         (["SOLVER.IMS_PER_BATCH", "3"], ["--num-gpus", "2"], "is 3, expected a multiple of the 2"),
         ([], ["--eval-only"], "--eval-only needs MODEL.WEIGHTS"),
+        ([], ["--num-gpus", "0"], "--num-gpus is 0"),
+        (["MODEL.DEVICE", "gpu"], [], "MODEL.DEVICE is 'gpu', expected cuda, cpu"),
+        (["SOLVER.MAX_ITER", "0"], [], "SOLVER.MAX_ITER is 0, expected at least 1"),
+        (["MODEL.SEM_SEG_HEAD.IGNORE_VALUE", "254"], [], "is 254, but scenes_train ignores 255"),
         (["DATASETS.TRAIN", "('ade20k_150_train',)", "MODEL.SEM_SEG_HEAD.NUM_CLASSES", "150"], [],
          "ADEChallengeData2016.*DETECTRON2_DATASETS"),
     ],

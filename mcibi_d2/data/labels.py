@@ -9,7 +9,7 @@ from PIL import Image
 
 from ..errors import InputError
 
-_INVALID = -1
+_INVALID = np.iinfo(np.int32).min
 
 
 def read_labels(
@@ -28,7 +28,7 @@ def read_labels(
         size: expected (height, width).
 
     Returns:
-        (height, width) int16: class ids and the metadata's ``ignore_label``.
+        (height, width) int32: class ids and the metadata's ``ignore_label``.
 
     Raises:
         InputError: the file cannot be read, is no label image, has another size or a value
@@ -37,7 +37,7 @@ def read_labels(
     try:
         with PathManager.open(file_name, "rb") as f, Image.open(f) as image:
             values = np.asarray(image)
-    except (OSError, SyntaxError) as error:
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise InputError(f"{file_name}: cannot be read as a label image ({error})") from error
     if values.ndim != 2 or not np.issubdtype(values.dtype, np.integer):
         raise InputError(
@@ -70,7 +70,7 @@ def read_labels(
 @cache
 def _table(classes: tuple[int, ...], ignored: tuple[int, ...], ignore_label: int) -> np.ndarray:
     """Class id (or ignore label, or invalid) of every value of a label file."""
-    table = np.full(1 << 16, _INVALID, dtype=np.int16)
+    table = np.full(1 << 16, _INVALID, dtype=np.int32)
     table[list(classes)] = np.arange(len(classes))
     table[list(ignored)] = ignore_label
     return table

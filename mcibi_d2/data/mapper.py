@@ -7,6 +7,7 @@ import torch
 from detectron2.config import configurable
 from detectron2.data import detection_utils
 from detectron2.data import transforms as T
+from PIL import Image
 
 from ..errors import InputError
 from .augmentation import build_test_augmentation, build_train_augmentation
@@ -67,7 +68,7 @@ class SemSegMapper:
         file_name = record["file_name"]
         try:
             image = detection_utils.read_image(file_name, self.image_format)
-        except (OSError, SyntaxError) as error:
+        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
             raise InputError(f"{file_name}: cannot be read as an image ({error})") from error
         record["height"], record["width"] = image.shape[:2]
 
@@ -79,8 +80,9 @@ class SemSegMapper:
                     f"{file_name}: its record has no sem_seg_file_name, which training needs"
                 )
             name = record.get("dataset_name", self.dataset_name)
-            # Detectron2's transforms of label maps want a small integer type.
-            labels = read_labels(label_file, name, image.shape[:2]).astype(np.uint8)
+            labels = read_labels(label_file, name, image.shape[:2])
+            # Detectron2 resizes label maps of these two types only.
+            labels = labels.astype(np.uint8 if labels.max() < 256 else np.float32)
         inputs = T.AugInput(image, sem_seg=labels)
         self.augmentations(inputs)
 

@@ -2,8 +2,11 @@
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import IO
 
+import numpy as np
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from torch import nn
@@ -37,11 +40,12 @@ class Checkpointer(DetectionCheckpointer):
         # What `load` was called with, for the steps in between.
         self._path, self._strict = "", False
 
-    def save(self, name: str, **kwargs) -> None:
-        """Write ``<save_dir>/<name>.pth`` and make it the last checkpoint.
+    def save(self, name: str, *, tag: bool = True, **kwargs) -> None:
+        """Write ``<save_dir>/<name>.pth``.
 
         Args:
             name: without suffix.
+            tag: whether ``--resume`` starts from it.
             kwargs: further things to store.
         """
         if not self.save_dir or not self.save_to_disk:
@@ -51,19 +55,15 @@ class Checkpointer(DetectionCheckpointer):
         data.update(kwargs)
         path = os.path.join(self.save_dir, f"{name}.pth")
         self.logger.info(f"Saving checkpoint to {path}")
-        with open(f"{path}.tmp", "wb") as file:
+        with replacing(path) as file:
             torch.save(data, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(f"{path}.tmp", path)
-        self.tag_last_checkpoint(f"{name}.pth")
+        if tag:
+            self.tag_last_checkpoint(f"{name}.pth")
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         """Name the file that ``--resume`` starts from."""
-        path = os.path.join(self.save_dir, "last_checkpoint")
-        with open(f"{path}.tmp", "w") as file:
-            file.write(last_filename_basename)
-        os.replace(f"{path}.tmp", path)
+        with replacing(os.path.join(self.save_dir, "last_checkpoint")) as file:
+            file.write(last_filename_basename.encode())
 
     def load(self, path: str, checkpointables: list[str] | None = None, *, strict: bool = False):
         """Load a checkpoint of ours, a timm state dict, or a Detectron2 pickle.
@@ -79,8 +79,10 @@ class Checkpointer(DetectionCheckpointer):
             What the file holds beside the model.
         """
         self._path, self._strict = path, strict
-        if path and "://" not in path and not os.path.isfile(path):
-            raise InputError(f"MODEL.WEIGHTS: {path}: no such file, expected a checkpoint")
+        if path:
+            check_weights_exist(path)
+        # An earlier call that failed must not stand in the way of this one.
+        self._parsed_url_during_load = None
         return super().load(path, checkpointables)
 
     def resume_or_load(self, path: str, *, resume: bool = True, strict: bool = False):
@@ -100,12 +102,19 @@ class Checkpointer(DetectionCheckpointer):
                 f"{filename}: cannot be read as a checkpoint "
                 f"({type(error).__name__}: {reason[:120]})"
             ) from error
+        if "state_dict" in loaded.get("model", {}):  # as timm's own training writes them
+            loaded["model"] = loaded["model"]["state_dict"]
         state = loaded.get("model")
-        if not isinstance(state, dict) or not state:
+        if (
+            not isinstance(state, dict)
+            or not state
+            or not all(isinstance(v, torch.Tensor | np.ndarray) for v in state.values())
+        ):
             raise InputError(
                 f"{filename}: holds no state dict, expected a checkpoint of this project, "
                 f"of timm, or of Detectron2"
             )
+        state = {key.removeprefix("module."): value for key, value in state.items()}
         own = tuple(f"{name}." for name, _ in self.model.named_children())
         timm_names = {
             key[len(_TIMM_PREFIX) :]
@@ -113,7 +122,8 @@ class Checkpointer(DetectionCheckpointer):
             if key.startswith(_TIMM_PREFIX)
         }
         if timm_names & state.keys() and not any(key.startswith(own) for key in state):
-            loaded["model"] = {_TIMM_PREFIX + key: value for key, value in state.items()}
+            state = {_TIMM_PREFIX + key: value for key, value in state.items()}
+        loaded["model"] = state
         return loaded
 
     def _load_model(self, checkpoint: dict):
@@ -121,19 +131,12 @@ class Checkpointer(DetectionCheckpointer):
         wrong = {key for key, *_ in incompatible.incorrect_shapes}
         missing = _without_counters(set(incompatible.missing_keys) | wrong)
         expected = _without_counters(self.model.state_dict())
-        of_backbone = [key for key in missing if key.startswith("backbone.")]
-        if self._strict and missing:
+        lost = [key for key in missing if key.startswith("backbone.")]
+        count = sum(key.startswith("backbone.") for key in expected)
+        if 2 * len(lost) > count:
             raise InputError(
-                f"{self._path}: not a checkpoint of this model: {len(missing)} of "
-                f"{len(expected)} tensors are not in it or have another shape, such as "
-                f"{_some(missing)}"
-            )
-        if of_backbone:
-            count = sum(key.startswith("backbone.") for key in expected)
-            raise InputError(
-                f"{self._path}: not weights for this model: {len(of_backbone)} of {count} tensors "
-                f"of the backbone are not in it or have another shape, such as "
-                f"{_some(of_backbone)}"
+                f"{self._path}: not weights for this model: {len(lost)} of {count} tensors of the "
+                f"backbone are not in it or have another shape, such as {_some(lost)}"
             )
         if wrong:
             self.logger.warning(
@@ -141,6 +144,22 @@ class Checkpointer(DetectionCheckpointer):
                 f"{_some(wrong, 20)}"
             )
         return incompatible
+
+
+@contextmanager
+def replacing(path: str) -> Iterator[IO[bytes]]:
+    """Write a file under a temporary name; it takes its own when it is complete."""
+    with open(f"{path}.tmp", "wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(f"{path}.tmp", path)
+
+
+def check_weights_exist(path: str) -> None:
+    """Raise an :class:`InputError` if ``MODEL.WEIGHTS`` names a local file that is not there."""
+    if "://" not in path and not os.path.isfile(path.split("?")[0]):
+        raise InputError(f"MODEL.WEIGHTS: {path}: no such file, expected a checkpoint")
 
 
 def _without_counters(keys: Iterable[str]) -> list[str]:

@@ -64,8 +64,9 @@ def launch(
         )
     except InputError as error:
         sys.exit(f"error: {_sentence(error)}")
-    except ProcessExitedException:
-        sys.exit(1)  # the process has said why
+    except ProcessExitedException as error:
+        # A process that ended by itself has said why; one that was killed could not.
+        sys.exit(1 if error.signal_name is None else f"error: {error}")
 
 
 def _guarded(main: Callable, args: argparse.Namespace, cfg: CfgNode) -> None:

@@ -3,17 +3,17 @@
 import logging
 from collections.abc import Iterable
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from detectron2.engine import HookBase
+from detectron2.structures import ImageList
 from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..modeling import FeatureMemory, MCIBISegmentor
+from ..modeling import FeatureMemory, MCIBIHead
 
 
 def find_memories(model: nn.Module) -> list[FeatureMemory]:
@@ -78,53 +78,54 @@ class MemoryInitHook(HookBase):
     Args:
         seed: of the draw.
         max_images: at most this many images, of all processes together.
-        ignore_value: label of pixels without ground truth.
     """
 
-    def __init__(self, seed: int, max_images: int = 2000, ignore_value: int = 255):
+    def __init__(self, seed: int, max_images: int = 2000):
         self.seed = seed
         self.max_images = max_images
-        self.ignore_value = ignore_value
 
     def before_train(self) -> None:
         """Fill the memory of the trainer's model."""
+        if self.trainer.start_iter > 0:
+            return
         model = self.trainer.model
         model = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
-        memories = [m for m in find_memories(model) if m.update != "zero"]
-        if self.trainer.start_iter > 0 or all(m.initialized.any() for m in memories):
-            return
-        draw_random_pixels(
-            model, self.trainer.data_loader, self.seed, self.max_images, self.ignore_value
-        )
+        for head in model.modules():
+            if isinstance(head, MCIBIHead) and head.enabled:
+                memory = head.memory
+                if memory.update != "zero" and not memory.initialized.any():
+                    loader = self.trainer.data_loader
+                    draw_random_pixels(model, head, loader, self.seed, self.max_images)
 
 
 @torch.no_grad()
 def draw_random_pixels(
-    model: MCIBISegmentor,
+    model: nn.Module,
+    head: MCIBIHead,
     data_loader: Iterable[list[dict]],
     seed: int,
     max_images: int,
-    ignore_value: int = 255,
 ) -> None:
-    """Initialise the memory of a segmentor with one random pixel per class.
+    """Initialise a head's memory with one random pixel per class.
 
     Every pixel gets a random key, and each class keeps the pixel with its largest key, over all
     batches and all processes: a uniform draw that needs no second pass. The keys of an image are
     a function of the seed and of its place in the training stream.
 
     Args:
-        model: with an ``MCIBIHead`` as ``sem_seg_head``.
+        model: a segmentor with a ``backbone``; it is run on the batches in evaluation mode.
+        head: of the model; its projection gives the pixels.
         data_loader: training batches.
         seed: of the draw.
         max_images: stop after this many images of all processes.
-        ignore_value: label of pixels without ground truth.
     """
-    head = model.sem_seg_head
-    memory: FeatureMemory = head.memory
+    memory = head.memory
     world_size = comm.get_world_size()
     best = torch.full((memory.num_classes,), -1.0, dtype=torch.float64, device=memory.rows.device)
     rows = torch.zeros_like(memory.rows)
     images = 0
+    projected: list[Tensor] = []
+    watch = head.project.register_forward_hook(lambda *args: projected.append(args[-1].float()))
     was_training = model.training
     model.eval()
     try:
@@ -135,17 +136,32 @@ def draw_random_pixels(
             disable=not comm.is_main_process(),
         ) as progress:
             for batch in data_loader:
-                features = head.extract(model.backbone(model.preprocess(batch).tensor)).float()
-                for place, (x, feature) in enumerate(zip(batch, features, strict=True)):
+                projected.clear()
+                model(batch)
+                # The features cover the padded images of the batch.
+                targets = ImageList.from_tensors(
+                    [x["sem_seg"].to(rows.device) for x in batch],
+                    model.backbone.size_divisibility,
+                    head.ignore_value,
+                ).tensor
+                for place, x in enumerate(batch):
                     position = x.get("position", images + comm.get_rank() + place * world_size)
-                    labels = x["sem_seg"].to(feature.device)
-                    _keep_largest_keys(best, rows, feature, labels, seed, position, ignore_value)
+                    _keep_largest_keys(
+                        best,
+                        rows,
+                        projected[0][place],
+                        targets[place],
+                        seed,
+                        position,
+                        head.ignore_value,
+                    )
                 images += len(batch) * world_size
                 found = _merge(best, rows)
                 progress.update(found - progress.n)
                 if found == memory.num_classes or images >= max_images:
                     break
     finally:
+        watch.remove()
         model.train(was_training)
     memory.initialize(rows, best >= 0)
     missing = (best < 0).nonzero().flatten().tolist()
@@ -177,8 +193,7 @@ def _keep_largest_keys(
         ignore_value: label to leave out.
     """
     # On the CPU, so that every device draws the same; 53 bits, so that keys do not tie.
-    state = np.random.SeedSequence([seed, position, 2]).generate_state(1, np.uint64)
-    generator = torch.Generator().manual_seed(int(state[0]))
+    generator = torch.Generator().manual_seed(hash((seed, position)) & (2**63 - 1))
     keys = torch.rand(labels.numel(), generator=generator, dtype=torch.float64).to(labels.device)
     flat = labels.flatten()
     valid = ((flat >= 0) & (flat < len(best)) & (flat != ignore_value)).nonzero().flatten()

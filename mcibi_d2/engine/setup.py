@@ -8,13 +8,21 @@ import tempfile
 import torch
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.utils.file_io import PathManager
 
 from ..config import add_mcibi_config
 from ..errors import InputError
 from ..modeling.fusion import FUSIONS
 from ..modeling.memory import UPDATES
+from .checkpoint import check_weights_exist
 from .train_step import PRECISIONS
 
+SCHEDULES = (
+    "WarmupPolyLR",
+    "WarmupMultiStepLR",
+    "WarmupCosineLR",
+    "WarmupStepWithFixedGammaLR",
+)
 INITS = ("random_pixel", "first_batch_mean")
 
 
@@ -56,6 +64,8 @@ def _keys(node: CfgNode, prefix: str = "") -> list[str]:
 
 def _explain(error: Exception, known: list[str]) -> str:
     """One line of a yacs or YAML error, with the key that may have been meant."""
+    if isinstance(error, OSError):
+        return f"{error.filename}: {error.strerror}"
     text = " ".join(str(error.args[0] if error.args else error).split())
     key = text.rsplit(":", 1)[-1].strip().strip("'\"")
     if "Non-existent" not in text and "non-existent" not in text:
@@ -79,6 +89,12 @@ def setup(args: argparse.Namespace) -> CfgNode:
         cfg.MODEL.TIMM.PRETRAINED = False
     if args.eval_only and not resuming and not cfg.MODEL.WEIGHTS:
         raise InputError("--eval-only needs MODEL.WEIGHTS <checkpoint>, or --resume")
+    if args.eval_only and not cfg.DATASETS.TEST:
+        raise InputError("--eval-only needs DATASETS.TEST, which is empty")
+    if args.num_gpus < 1:
+        raise InputError(f"--num-gpus is {args.num_gpus}, expected at least 1 process")
+    if cfg.MODEL.WEIGHTS and not resuming:
+        check_weights_exist(cfg.MODEL.WEIGHTS)
     cfg.freeze()
     check_config(cfg, args.num_gpus, args.num_machines, train=not args.eval_only)
     return cfg
@@ -102,20 +118,30 @@ def check_config(
         ("MODEL.MCIBI.PROJECT_KERNEL", cfg.MODEL.MCIBI.PROJECT_KERNEL, (1, 3)),
         ("MODEL.MCIBI.FUSE_KERNEL", cfg.MODEL.MCIBI.FUSE_KERNEL, (1, 3)),
         ("SOLVER.AMP.PRECISION", cfg.SOLVER.AMP.PRECISION, PRECISIONS),
+        ("SOLVER.LR_SCHEDULER_NAME", cfg.SOLVER.LR_SCHEDULER_NAME, SCHEDULES),
         ("INPUT.FORMAT", cfg.INPUT.FORMAT, ("RGB", "BGR")),
+        ("INPUT.RANDOM_FLIP", cfg.INPUT.RANDOM_FLIP, ("none", "horizontal", "vertical")),
+        ("INPUT.CROP.TYPE", cfg.INPUT.CROP.TYPE, ("absolute",)),
     ):
         if value not in allowed:
             raise InputError(f"{key} is {value!r}, expected one of {', '.join(map(str, allowed))}")
-    on_gpu = torch.device(cfg.MODEL.DEVICE).type == "cuda"
+    for key in ("IMS_PER_BATCH", "MAX_ITER"):
+        if cfg.SOLVER[key] < 1:
+            raise InputError(f"SOLVER.{key} is {cfg.SOLVER[key]}, expected at least 1")
+    if cfg.INPUT.CROP.ENABLED and len(cfg.INPUT.CROP.SIZE) != 2:
+        raise InputError(f"INPUT.CROP.SIZE is {cfg.INPUT.CROP.SIZE}, expected [height, width]")
+    try:
+        on_gpu = torch.device(cfg.MODEL.DEVICE).type == "cuda"
+    except RuntimeError as error:
+        raise InputError(
+            f"MODEL.DEVICE is {cfg.MODEL.DEVICE!r}, expected cuda, cpu or another device of torch"
+        ) from error
     if on_gpu and num_gpus > torch.cuda.device_count():
         raise InputError(
             f"MODEL.DEVICE is {cfg.MODEL.DEVICE!r}, but torch {torch.__version__} sees "
             f"{torch.cuda.device_count()} GPUs, expected {num_gpus} (--num-gpus); add "
             f"MODEL.DEVICE cpu to use the CPU"
         )
-    weights = cfg.MODEL.WEIGHTS
-    if weights and "://" not in weights and not os.path.isfile(weights):
-        raise InputError(f"MODEL.WEIGHTS: {weights}: no such file, expected a checkpoint")
     reference = cfg.SOLVER.REFERENCE_WORLD_SIZE or num_gpus * num_machines
     if train and cfg.SOLVER.IMS_PER_BATCH % reference:
         raise InputError(
@@ -145,9 +171,16 @@ def _check_data(cfg: CfgNode, train: bool) -> None:
                 f"MODEL.SEM_SEG_HEAD.NUM_CLASSES is {cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES}, "
                 f"but {name} has {len(classes)} classes"
             )
+        metadata, head = MetadataCatalog.get(name), cfg.MODEL.SEM_SEG_HEAD
+        if metadata.get("ignore_label", head.IGNORE_VALUE) != head.IGNORE_VALUE:
+            raise InputError(
+                f"MODEL.SEM_SEG_HEAD.IGNORE_VALUE is {head.IGNORE_VALUE}, but {name} ignores "
+                f"{metadata.ignore_label}"
+            )
         for record in DatasetCatalog.get(name)[:1]:
-            if "://" not in record["file_name"] and not os.path.isfile(record["file_name"]):
-                raise InputError(f"{record['file_name']}: no such file, but {name} lists it")
+            for file in (record["file_name"], record.get("sem_seg_file_name")):
+                if file and not PathManager.exists(file):
+                    raise InputError(f"{file}: no such file, but {name} lists it")
 
 
 def _check_output(folder: str) -> None:

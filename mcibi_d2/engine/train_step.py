@@ -18,8 +18,8 @@ PRECISIONS = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 class TrainStep(SimpleTrainer):
     """Detectron2's ``SimpleTrainer`` with mixed precision on CPU and GPU, made reproducible.
 
-    Losses stay on the device until they are wanted: they are read, checked and logged every
-    ``log_period`` iterations and before anything is written or evaluated. A loss that is not
+    Losses stay on the device until they are wanted: they are read, checked and logged at the end
+    of each of ``flush_periods``, before anything is written or evaluated. A loss that is not
     finite then stops the run, naming the loss, the iteration and the batch, before a checkpoint
     could be written with its weights.
 
@@ -60,6 +60,7 @@ class TrainStep(SimpleTrainer):
 
     def run_step(self) -> None:
         """Load a batch, run the model forward and backward, and step."""
+        assert self.model.training, "the model was left in evaluation mode"
         start = time.perf_counter()
         batch = next(self._data_loader_iter)
         get_event_storage().put_scalar("data_time", time.perf_counter() - start)
@@ -93,19 +94,24 @@ class TrainStep(SimpleTrainer):
         iterations, files, values = zip(*self._pending, strict=True)
         self._pending = []
         values = torch.stack(values).cpu().numpy()
-        finite = np.isfinite(values)
-        if not finite.all():
-            row, column = np.argwhere(~finite)[0]
-            raise InputError(
-                f"{self._names[column]} became {values[row, column]} at iteration "
-                f"{iterations[row]}; the files of that batch are {', '.join(files[row])}; expected "
-                f"a finite loss (a lower SOLVER.BASE_LR, a warm-up, SOLVER.AMP.PRECISION bfloat16?)"
-            )
+        bad = None
+        if not np.isfinite(values).all():
+            row, column = np.argwhere(~np.isfinite(values))[0]
+            bad = (iterations[row], self._names[column], values[row, column], files[row])
         means = dict(zip(self._names, values.mean(axis=0).tolist(), strict=True))
-        of_all = comm.gather(means)
+        # Every process hears of the first bad loss of any, and stops with the same words.
+        of_all = comm.all_gather((bad, means))
+        bad = min((b for b, _ in of_all if b), default=None, key=lambda b: b[0])
+        if bad:
+            iteration, name, value, names = bad
+            raise InputError(
+                f"{name} became {value} at iteration {iteration}; the files of that batch are "
+                f"{', '.join(names)}; expected a finite loss (a lower SOLVER.BASE_LR, a warm-up, "
+                f"SOLVER.AMP.PRECISION bfloat16?)"
+            )
         if comm.is_main_process():
             storage = get_event_storage()
-            means = {name: float(np.mean([m[name] for m in of_all])) for name in means}
+            means = {name: float(np.mean([m[name] for _, m in of_all])) for name in means}
             storage.put_scalar("total_loss", sum(means.values()))
             storage.put_scalars(**means)
 

@@ -1,6 +1,9 @@
 """Detectron2's DefaultTrainer for semantic segmentation with a feature memory."""
 
+import json
 import logging
+import math
+import os
 import weakref
 
 import torch
@@ -14,6 +17,7 @@ from detectron2.solver.build import (
     maybe_add_gradient_clipping,
 )
 from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
 from fvcore.common.param_scheduler import ParamScheduler
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -21,7 +25,8 @@ from torch.nn.parallel import DistributedDataParallel
 from ..data import SemSegMapper, build_train_loader
 from ..data.loader import move_to_iteration
 from ..evaluation import SemSegEvaluator
-from .checkpoint import Checkpointer
+from .batch_norm_hook import AverageStatisticsHook
+from .checkpoint import Checkpointer, replacing
 from .memory_hooks import MemoryInitHook, MemoryUpdateHook, find_memories
 from .train_step import TrainStep
 
@@ -43,6 +48,8 @@ class Trainer(DefaultTrainer):
         # DefaultTrainer.__init__ wraps the model for GPUs only and has no bf16: the same order of
         # steps, with our own parts.
         TrainerBase.__init__(self)
+        if not logging.getLogger("detectron2").isEnabledFor(logging.INFO):
+            setup_logger()  # default_setup was not called
         cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
         self.cfg = cfg
         self.start_iter = 0
@@ -90,14 +97,28 @@ class Trainer(DefaultTrainer):
         move_to_iteration(self._trainer.data_loader, self.cfg, self.seed, self.start_iter)
         super().before_train()
 
+    def after_train(self) -> None:
+        """Run the hooks; after an error, without evaluating or keeping what it left behind."""
+        if self.iter < self.max_iter:
+            final = (hooks.EvalHook, KeepBest)
+            self._hooks = [hook for hook in self._hooks if not isinstance(hook, final)]
+        super().after_train()
+
     def state_dict(self) -> dict:
         """Everything that a resumed run needs beside the model."""
-        return {**super().state_dict(), "seed": self.seed}
+        batch = self.cfg.SOLVER.IMS_PER_BATCH
+        return {**super().state_dict(), "seed": self.seed, "ims_per_batch": batch}
 
     def load_state_dict(self, state_dict: dict) -> None:
         """Restore the iteration, the hooks, the optimiser and the seed."""
         super().load_state_dict(state_dict)
         self.seed = state_dict.get("seed", self.seed)
+        before, now = state_dict.get("ims_per_batch"), self.cfg.SOLVER.IMS_PER_BATCH
+        if before not in (None, now):
+            logging.getLogger(__name__).warning(
+                f"The checkpoint was written with SOLVER.IMS_PER_BATCH {before}, now it is {now}: "
+                f"the iterations done count as many of the new size, and the data starts anew"
+            )
 
     def build_hooks(self) -> list[HookBase]:
         """Detectron2's hooks, the memory's, and the keeper of the best checkpoint."""
@@ -107,14 +128,16 @@ class Trainer(DefaultTrainer):
             # Before the hook that steps the learning rate and before the checkpoint.
             built.insert(1, MemoryUpdateHook(memory.MOMENTUM, memory.POWER))
             if memory.INIT == "random_pixel":
-                ignore = cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE
-                built.insert(1, MemoryInitHook(self.seed, memory.INIT_MAX_IMAGES, ignore))
+                built.insert(1, MemoryInitHook(self.seed, memory.INIT_MAX_IMAGES))
+        if comm.get_world_size() > 1:
+            periods = (cfg.SOLVER.CHECKPOINT_PERIOD, cfg.TEST.EVAL_PERIOD)
+            built.insert(1, AverageStatisticsHook(periods))
         if comm.is_main_process() and cfg.DATASETS.TEST:
             metric = "sem_seg/mIoU"
             if len(cfg.DATASETS.TEST) > 1:
                 metric = f"{cfg.DATASETS.TEST[0]}/{metric}"
             # Between the evaluation and the writers.
-            built.insert(-1, KeepBest(cfg.TEST.EVAL_PERIOD, self.checkpointer, metric))
+            built.insert(-1, KeepBest(self.checkpointer, metric))
         return built
 
     @classmethod
@@ -130,7 +153,10 @@ class Trainer(DefaultTrainer):
     @classmethod
     def build_evaluator(cls, cfg, dataset_name: str) -> DatasetEvaluator:
         """See :class:`mcibi_d2.evaluation.SemSegEvaluator`."""
-        return SemSegEvaluator(dataset_name, output_dir=f"{cfg.OUTPUT_DIR}/inference")
+        folder = os.path.join(cfg.OUTPUT_DIR, "inference")
+        if len(cfg.DATASETS.TEST) > 1:
+            folder = os.path.join(folder, dataset_name)
+        return SemSegEvaluator(dataset_name, output_dir=folder)
 
     @classmethod
     def build_optimizer(cls, cfg, model: nn.Module) -> torch.optim.Optimizer:
@@ -152,7 +178,8 @@ class Trainer(DefaultTrainer):
             momentum=cfg.SOLVER.MOMENTUM,
             nesterov=cfg.SOLVER.NESTEROV,
             weight_decay=cfg.SOLVER.WEIGHT_DECAY,
-            foreach=True,
+            # Fused, a step under fp16 need not ask the device whether gradients were finite.
+            **({"fused": True} if next(model.parameters()).is_cuda else {"foreach": True}),
         )
         return maybe_add_gradient_clipping(cfg, sgd)
 
@@ -189,23 +216,47 @@ class PolyParamScheduler(ParamScheduler):
         return max((1 - where) ** self.power, self.floor)
 
 
-class KeepBest(hooks.BestCheckpointer):
-    """Write ``model_best.pth`` when a metric improves, and remember the best over ``--resume``.
+class KeepBest(HookBase):
+    """Write ``model_best.pth`` when a metric improves.
+
+    Its value goes to ``model_best.json``, from which a resumed run learns what to beat.
+    ``--resume`` never starts from ``model_best.pth``. It must run after the evaluation, on the main
+    process.
 
     Args:
-        eval_period: of the evaluation.
         checkpointer: that writes.
         metric: name in the event storage.
     """
 
-    def __init__(self, eval_period: int, checkpointer: Checkpointer, metric: str):
-        super().__init__(eval_period, checkpointer, metric, file_prefix="model_best")
+    def __init__(self, checkpointer: Checkpointer, metric: str):
+        self.checkpointer = checkpointer
+        self.metric = metric
+        self.best = -math.inf
+        self._record = os.path.join(checkpointer.save_dir, "model_best.json")
 
-    def state_dict(self) -> dict:
-        """The best value and its iteration."""
-        return {"metric": self.best_metric, "iteration": self.best_iter}
+    def before_train(self) -> None:
+        """Read the best value so far, if this run goes on."""
+        if self.trainer.start_iter > 0 and os.path.isfile(self._record):
+            with open(self._record) as file:
+                self.best = json.load(file)["value"]
 
-    def load_state_dict(self, state_dict: dict) -> None:
-        """Restore what :meth:`state_dict` gives."""
-        self.best_metric = state_dict["metric"]
-        self.best_iter = state_dict["iteration"]
+    def after_step(self) -> None:
+        """Look at the evaluation of this iteration, if there was one."""
+        value, iteration = self.trainer.storage.latest().get(self.metric, (-math.inf, None))
+        if iteration == self.trainer.iter:
+            self._keep(value, iteration)
+
+    def after_train(self) -> None:
+        """Look at the evaluation after the last iteration."""
+        value, iteration = self.trainer.storage.latest().get(self.metric, (-math.inf, None))
+        self._keep(value, iteration)
+
+    def _keep(self, value: float, iteration: int) -> None:
+        if not value > self.best:  # nor when it is nan
+            return
+        self.best = value
+        self.checkpointer.save("model_best", tag=False)
+        record = {"metric": self.metric, "value": value, "iteration": iteration}
+        with replacing(self._record) as file:
+            file.write(json.dumps(record).encode())
+        logging.getLogger(__name__).info(f"Best {self.metric} so far: {value:.4f}")

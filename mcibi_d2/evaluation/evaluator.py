@@ -2,8 +2,10 @@
 
 import contextlib
 import logging
+import os
 
 import numpy as np
+import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import SemSegEvaluator as Detectron2SemSegEvaluator
 
@@ -68,9 +70,16 @@ class SemSegEvaluator(Detectron2SemSegEvaluator):
 
     def evaluate(self) -> dict | None:
         """The results on the main process, None on the others."""
-        # Detectron2 logs the results as one long dict; the caller prints them as a table.
+        # Detectron2 would write an empty list of predictions, and log the results as one long
+        # dict, which the caller prints as a table.
+        folder, self._output_dir = self._output_dir, None
         with _quiet(self._logger):
-            return super().evaluate()
+            results = super().evaluate()
+        self._output_dir = folder
+        if results and folder:
+            os.makedirs(folder, exist_ok=True)
+            torch.save(results["sem_seg"], os.path.join(folder, "sem_seg_evaluation.pth"))
+        return results
 
 
 @contextlib.contextmanager

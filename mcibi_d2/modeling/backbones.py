@@ -4,10 +4,11 @@ import difflib
 
 import timm
 from detectron2.config import configurable
-from detectron2.layers import FrozenBatchNorm2d, ShapeSpec
+from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 from detectron2.utils import comm
 from timm.layers import convert_sync_batchnorm
+from timm.utils import freeze_batch_norm_2d
 from torch import Tensor, nn
 
 from ..errors import InputError
@@ -50,7 +51,7 @@ class TimmBackbone(Backbone):
         if norm == "SyncBN":
             self.net = convert_sync_batchnorm(self.net)
         elif norm == "FrozenBN":
-            self.net = FrozenBatchNorm2d.convert_frozen_batchnorm(self.net)
+            self.net = freeze_batch_norm_2d(self.net)
         elif norm != "BN":
             raise InputError(f"MODEL.TIMM.NORM is {norm!r}, expected BN, SyncBN or FrozenBN")
         info = self.net.feature_info
@@ -96,17 +97,18 @@ def _create(name: str, output_stride: int, out_indices: tuple[int, ...], pretrai
             out_indices=out_indices,
             pretrained=pretrained,
         )
+    except (IndexError, AssertionError, NotImplementedError, TypeError) as error:
+        reason = str(error) or type(error).__name__
+        raise InputError(
+            f"timm's {name} cannot give features {out_indices} at output stride {output_stride} "
+            f"(MODEL.TIMM.OUT_INDICES, MODEL.TIMM.OUTPUT_STRIDE): {reason}"
+        ) from error
     except (OSError, RuntimeError) as error:
         if not pretrained:
             raise
         raise InputError(
             f"timm could not get the weights of {name} ({type(error).__name__}); put a state dict "
             f"at MODEL.WEIGHTS, or set MODEL.TIMM.PRETRAINED False to start from scratch"
-        ) from error
-    except (IndexError, AssertionError, NotImplementedError, TypeError) as error:
-        raise InputError(
-            f"timm's {name} cannot give features {out_indices} at output stride {output_stride} "
-            f"(MODEL.TIMM.OUT_INDICES, MODEL.TIMM.OUTPUT_STRIDE): {error}"
         ) from error
     if pretrained and first:
         comm.synchronize()

@@ -1,7 +1,6 @@
 """The head: projection -> H1 -> memory -> attention -> fusion -> H2, and the losses."""
 
 from collections.abc import Sequence
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -112,10 +111,12 @@ class MCIBIHead(nn.Module):
         self.aux_feature = aux_feature
         self.aux_loss_weight = aux_loss_weight
         self.ignore_value = ignore_value
-        weights = torch.tensor(class_weights) if class_weights else None
+        weights = torch.tensor(class_weights, dtype=torch.float32) if class_weights else None
         self.register_buffer("class_weights", weights, persistent=False)
 
-        make_norm = partial(get_norm, norm)
+        def make_norm(channels: int) -> nn.Module:
+            return get_norm(norm, channels) or nn.Identity()
+
         self.project = conv_norm_relu(
             input_shape[in_feature].channels, channels, project_kernel, make_norm
         )
@@ -208,12 +209,10 @@ class MCIBIHead(nn.Module):
             losses["loss_w"] = self.loss_weight_w * self._pixel_loss(coarse, targets)
             if self.memory.update != "zero":
                 losses["loss_m"] = self.loss_weight_m * self._memory_loss()
-            self.memory.observe(pixels.detach(), targets, self.ignore_value)
+            # Without gradients it is no training step: a pass for batch-norm statistics, say.
+            if torch.is_grad_enabled():
+                self.memory.observe(pixels.detach(), targets, self.ignore_value)
         return None, losses
-
-    def extract(self, features: dict[str, Tensor]) -> Tensor:
-        """R' (N, C, h, w), the features that the memory holds, of a backbone's features."""
-        return self.project(features[self.in_feature])
 
     def _pixel_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Cross-entropy at the targets' size, averaged over valid pixels (Eq. 16, 18)."""

@@ -43,7 +43,7 @@ class FeatureMemory(nn.Module):
       mean is used instead;
     - the cosine with a zero vector (pixel or row) counts as 0, so such a pixel has weight 1;
     - a class without pixels in the batch keeps its row;
-    - a class whose sums are not finite keeps its row, and ``rejected`` counts it.
+    - a class whose sums are not finite keeps its row.
     """
 
     def __init__(self, num_classes: int, channels: int, update: str = "cosine"):
@@ -65,10 +65,6 @@ class FeatureMemory(nn.Module):
         # Sums over the pixels observed since the last commit, one row per class: C columns of
         # the weighted features, then their weights, their number and their norms.
         self.register_buffer("_sums", torch.zeros(num_classes, channels + 3), persistent=False)
-        # How often commit refused a class because of a value that was not finite.
-        self.register_buffer(
-            "rejected", torch.zeros(num_classes, dtype=torch.long), persistent=False
-        )
 
     def extra_repr(self) -> str:
         """Describe the module in ``print(model)``."""
@@ -158,8 +154,16 @@ class FeatureMemory(nn.Module):
         )
         self.rows.copy_(torch.where(seen[:, None], moved, self.rows))
         self.initialized.logical_or_(seen)
-        self.rejected.add_(~finite)
         self._sums.zero_()
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
+        # Flags without their rows (left out for another shape) would declare zeros initialised.
+        if f"{prefix}rows" not in state_dict:
+            state_dict.pop(f"{prefix}initialized", None)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if self.update == "zero":
+            self.rows.zero_()
+            self.initialized.zero_()
 
     @torch.no_grad()
     def initialize(self, rows: Tensor, found: Tensor) -> None:
@@ -210,8 +214,9 @@ def _add_class_sums(
         h, w = features.shape[1:]
     flat = features.flatten(1)
 
+    labels = labels.long()
     known = (labels >= 0) & (labels < num_classes) & (labels != ignore_value)
-    index = torch.where(known, labels, num_classes).long()
+    index = torch.where(known, labels, num_classes)
     # Work with the classes that occur. Finding them needs the host, which costs nothing on the
     # CPU; on an accelerator it would stall the queue, and all K classes are taken instead.
     if index.device.type == "cpu":

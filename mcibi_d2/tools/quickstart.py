@@ -6,6 +6,8 @@ and a sheet of pictures.
 
 import argparse
 import logging
+import os
+import sys
 import time
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from detectron2.utils.events import JSONWriter, TensorboardXWriter
 from tabulate import tabulate
 from tqdm import tqdm
 
+from mcibi_d2 import InputError
 from mcibi_d2.data import scenes
 from mcibi_d2.engine import Trainer, load_config
 from mcibi_d2.engine.setup import check_config
@@ -60,7 +63,7 @@ class _QuietTrainer(Trainer):
 
 
 def _train(cfg: CfgNode, name: str, bar: tqdm) -> tuple[torch.nn.Module, dict, float]:
-    """Train and evaluate one model; returns it, its results and the seconds of training."""
+    """Train and evaluate one model; returns it, its results and the seconds of both."""
     seed_all_rng(cfg.SEED)
     trainer = _QuietTrainer(cfg)
     trainer.register_hooks([_Progress(bar, name)])
@@ -133,11 +136,15 @@ def main() -> None:
         "from the\nextra layers, and only what FCN + MCIBI gains over it comes from the memory. "
         "One seed proves nothing."
     )
+    python = os.path.relpath(sys.executable)
     print(
         f"\nLook at {args.output}/scenes.png and {args.output}/results.txt; next type: "
-        f"python train_net.py --config-file configs/ade20k/mcibi_R50.yaml --num-gpus 8"
+        f"{python} train_net.py --config-file configs/scenes/mcibi_tiny.yaml"
     )
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except InputError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,49 @@
+"""One set of batch-norm statistics for all processes, where the norm is not synchronised."""
+
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from detectron2.engine import HookBase
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+class AverageStatisticsHook(HookBase):
+    """Average the running statistics of plain batch norms over all processes.
+
+    Each process has statistics of its own share of the batches. Without this, what is evaluated
+    on the others is not what the main process saves. It must run on every process, before the
+    hooks that write checkpoints and evaluate.
+
+    Args:
+        periods: run when the number of done iterations is a multiple of one of these, or all.
+    """
+
+    def __init__(self, periods: Iterable[int]):
+        self.periods = [period for period in periods if period > 0]
+
+    def after_step(self) -> None:
+        """Average, if something is about to be written or evaluated."""
+        done = self.trainer.iter + 1
+        if done == self.trainer.max_iter or any(done % period == 0 for period in self.periods):
+            average_statistics(self.trainer.model)
+
+
+@torch.no_grad()
+def average_statistics(model: nn.Module) -> None:
+    """Replace the running means and variances by their averages over the processes."""
+    statistics = [
+        buffer
+        for module in model.modules()
+        if isinstance(module, _BatchNorm) and not isinstance(module, nn.SyncBatchNorm)
+        for buffer in (module.running_mean, module.running_var)
+        if buffer is not None
+    ]
+    if not statistics:
+        return
+    joined = torch.cat(statistics)
+    dist.all_reduce(joined)
+    joined /= dist.get_world_size()
+    for buffer, average in zip(statistics, joined.split([len(b) for b in statistics]), strict=True):
+        buffer.copy_(average)
