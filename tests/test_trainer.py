@@ -184,8 +184,10 @@ def test_error_in_the_last_iterations_keeps_nothing(tmp_path, monkeypatch, three
     forward = trainer.model.forward
 
     def spoiled(batch):
-        losses = forward(batch)
-        return {k: v * float("nan") if trainer.iter == 2 else v for k, v in losses.items()}
+        result = forward(batch)
+        if trainer.model.training and trainer.iter == 2:
+            return {name: loss * float("nan") for name, loss in result.items()}
+        return result
 
     trainer.model.forward = spoiled
     with pytest.raises(InputError, match="at iteration 2"):
@@ -202,11 +204,12 @@ def test_loss_that_is_not_finite_names_itself_and_the_files(tmp_path, at):
     batches = []
 
     def spoiled(batch):
-        losses = forward(batch)
-        batches.append([x["file_name"] for x in batch])
-        if trainer.iter == at:
-            losses["loss_w"] = losses["loss_w"] * float("nan")
-        return losses
+        result = forward(batch)
+        if trainer.model.training:
+            batches.append([x["file_name"] for x in batch])
+            if trainer.iter == at:
+                result["loss_w"] = result["loss_w"] * float("nan")
+        return result
 
     trainer.model.forward = spoiled
     with pytest.raises(InputError, match=rf"loss_w became nan at iteration {at}") as error:
@@ -224,8 +227,10 @@ def _bad_loss_on_one(rank, world_size, folder):
     forward = trainer.model.module.forward
 
     def spoiled(batch):
-        scale = float("nan") if rank == 1 and trainer.iter == 2 else 1.0
-        return {k: v * scale for k, v in forward(batch).items()}
+        result = forward(batch)
+        if trainer.model.training and rank == 1 and trainer.iter == 2:
+            return {name: loss * float("nan") for name, loss in result.items()}
+        return result
 
     trainer.model.module.forward = spoiled
     with pytest.raises(InputError) as error:

@@ -131,6 +131,12 @@ class Checkpointer(DetectionCheckpointer):
         wrong = {key for key, *_ in incompatible.incorrect_shapes}
         missing = _without_counters(set(incompatible.missing_keys) | wrong)
         expected = _without_counters(self.model.state_dict())
+        if self._strict and missing:
+            raise InputError(
+                f"{self._path}: not a checkpoint of this model: {len(missing)} of "
+                f"{len(expected)} tensors are not in it or have another shape, such as "
+                f"{_some(missing)}"
+            )
         lost = [key for key in missing if key.startswith("backbone.")]
         count = sum(key.startswith("backbone.") for key in expected)
         if 2 * len(lost) > count:
