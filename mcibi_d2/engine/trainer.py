@@ -49,7 +49,8 @@ class Trainer(DefaultTrainer):
         # steps, with our own parts.
         TrainerBase.__init__(self)
         if not logging.getLogger("detectron2").isEnabledFor(logging.INFO):
-            setup_logger()  # default_setup was not called
+            for name in ("detectron2", "mcibi_d2"):  # default_setup was not called
+                setup_logger(name=name)
         cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
         self.cfg = cfg
         self.start_iter = 0
@@ -117,7 +118,8 @@ class Trainer(DefaultTrainer):
         if before not in (None, now):
             logging.getLogger(__name__).warning(
                 f"The checkpoint was written with SOLVER.IMS_PER_BATCH {before}, now it is {now}: "
-                f"the iterations done count as many of the new size, and the data starts anew"
+                f"the iterations done count as many of the new size, and the order of the data is "
+                f"another"
             )
 
     def build_hooks(self) -> list[HookBase]:
