@@ -49,7 +49,7 @@ detectron2-git:
 	$(pip) install --no-build-isolation '$(DETECTRON2_GIT)'
 
 demo: $(installed)
-	$(python) -m mcibi_d2.tools.quickstart --output output/demo
+	PYTHONWARNINGS=ignore::FutureWarning $(python) -m mcibi_d2.tools.quickstart --output output/demo
 
 test: $(installed)
 	$(python) -m pytest tests
