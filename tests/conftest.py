@@ -32,6 +32,7 @@ def make_tiny_cfg(output_dir, *options, config="scenes/mcibi_tiny.yaml"):
             "SOLVER.MAX_ITER", "4",
             "INPUT.CROP.SIZE", "(65, 97)",
             "MODEL.SEM_SEG_HEAD.CONVS_DIM", "16",
+            "MODEL.SEM_SEG_HEAD.CLASS_WEIGHTS", "[]",
             "MODEL.MCIBI.ATTENTION_DIM", "8",
             "DATALOADER.NUM_WORKERS", "0",
             "DATASETS.TEST", "()",

@@ -365,6 +365,7 @@ def command(folder, *options, program=(sys.executable,), flags=()):
         "--config-file", str(ROOT / "configs/scenes/mcibi_tiny.yaml"), *flags,
         "OUTPUT_DIR", str(folder), "SOLVER.IMS_PER_BATCH", "2", "INPUT.CROP.SIZE", "(65,97)",
         "MODEL.SEM_SEG_HEAD.CONVS_DIM", "16", "MODEL.MCIBI.ATTENTION_DIM", "8",
+        "MODEL.SEM_SEG_HEAD.CLASS_WEIGHTS", "[]",
         "DATALOADER.NUM_WORKERS", "0", "DATASETS.TEST", "()", *options,
     ]  # fmt: skip
 
