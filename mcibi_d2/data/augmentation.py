@@ -5,8 +5,6 @@ from detectron2.data import transforms as T
 from detectron2.projects.point_rend import ColorAugSSDTransform
 from fvcore.transforms.transform import Transform
 
-IGNORE_LABEL = 255
-
 
 class RandomScale(T.Augmentation):
     """Resize by a random factor of the image's own size, keeping its ratio.
@@ -46,11 +44,12 @@ class ColorJitter(T.Augmentation):
         return ColorAugSSDTransform(self.img_format)
 
 
-def build_train_augmentation(cfg, ignore_label: int = IGNORE_LABEL) -> list[T.Augmentation]:
+def build_train_augmentation(cfg) -> list[T.Augmentation]:
     """Scale, crop, flip, colour (paper, section 4.1), as the ``INPUT`` keys say.
 
     The result has the size ``INPUT.CROP.SIZE``, padded where the scaled image is smaller.
     """
+    ignore_label = cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE
     augmentations: list[T.Augmentation] = []
     if tuple(cfg.INPUT.SCALE_RANGE) != (1.0, 1.0):
         augmentations.append(RandomScale(*cfg.INPUT.SCALE_RANGE))

@@ -44,7 +44,7 @@ class SemSegMapper:
         """Arguments of ``__init__`` from a config."""
         return {
             "is_train": is_train,
-            "augmentations": build_train_augmentation(cfg, cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE)
+            "augmentations": build_train_augmentation(cfg)
             if is_train
             else build_test_augmentation(cfg),
             "image_format": cfg.INPUT.FORMAT,

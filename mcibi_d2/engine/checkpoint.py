@@ -1,7 +1,6 @@
 """Checkpoints: written whole or not at all, and loaded with a word about what fits."""
 
 import os
-import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import IO
@@ -94,8 +93,6 @@ class Checkpointer(DetectionCheckpointer):
     def _load_file(self, filename: str) -> dict:
         try:
             loaded = super()._load_file(filename)
-        except InputError:
-            raise
         except Exception as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else ""
             raise InputError(
@@ -170,7 +167,7 @@ def check_weights_exist(path: str) -> None:
 
 def _without_counters(keys: Iterable[str]) -> list[str]:
     """Without the batch norms' counters, which Detectron2's and older files lack."""
-    return sorted(key for key in keys if not re.search(r"num_batches_tracked$", key))
+    return sorted(key for key in keys if not key.endswith("num_batches_tracked"))
 
 
 def _some(keys: Iterable[str], most: int = 3) -> str:
