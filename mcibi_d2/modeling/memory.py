@@ -15,26 +15,35 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-UPDATES = ("cosine", "mean", "zero")
+# Rows that commit moves; rows that it leaves to others.
+MOVING = ("cosine", "mean")
+UPDATES = (*MOVING, "zero", "random", "learned")
 
 
 class FeatureMemory(nn.Module):
     """Data-set-level class representations, updated by a moving average (Eq. 6-10, 12).
 
-    Buffers saved in checkpoints:
+    Tensors saved in checkpoints:
 
     - ``rows`` (K, C) float32: the matrix M of the paper. Rows that were never initialised are 0.
-    - ``initialized`` (K,) bool: whether a row has been set. A row that happens to be zero is
-      initialised if this says so.
+      With S slots per class it is (K * S, C), slot s of class k in row k * S + s.
+    - ``initialized`` (K,) or (K * S,) bool: whether a row has been set. A row that happens to be
+      zero is initialised if this says so.
 
     Args:
         num_classes: K, at least 1.
         channels: C, the channels of the features that are observed.
-        update: what ``commit`` makes of the observed pixels of a class. ``"cosine"``: Eq. 9-10,
-            each pixel weighted by one minus its cosine similarity to the class's row. ``"mean"``:
-            all pixels alike (Table 2, without "Cosine"). ``"zero"``: rows stay at zero, a control
-            that keeps the network and takes the memory away; ``observe`` and ``commit`` do
-            nothing.
+        update: where the rows come from.
+
+            - ``"cosine"``: Eq. 9-10, each pixel weighted by one minus its cosine similarity to the
+              row. ``"mean"``: all pixels alike (Table 2, without "Cosine").
+            - Controls, which keep the network and take away what the paper's memory is.
+              ``"zero"``: rows stay zero. ``"random"``: rows are drawn once, as the positive part
+              of a normal distribution (what a ReLU gives), and frozen. ``"learned"``: rows are
+              parameters, which ``commit`` initialises and the optimiser trains.
+        slots: S, rows per class. A pixel belongs to its class's most similar slot; a slot without
+            pixels keeps its row. Empty slots are filled one per commit, each by the mean of the
+            class's pixels.
 
     Documented results of the corner cases:
 
@@ -43,15 +52,16 @@ class FeatureMemory(nn.Module):
       mean is used instead;
     - the cosine with a zero vector (pixel or row) counts as 0, so such a pixel has weight 1;
     - a class without pixels in the batch keeps its row;
-    - a class whose sums are not finite keeps its row.
+    - a class with a pixel that is not finite (or whose square overflows) keeps its row, and
+      ``rejected`` says so until the next ``commit``; other classes are not touched by it.
     """
 
-    def __init__(self, num_classes: int, channels: int, update: str = "cosine"):
+    def __init__(self, num_classes: int, channels: int, update: str = "cosine", slots: int = 1):
         super().__init__()
-        if num_classes < 1 or channels < 1:
+        if min(num_classes, channels, slots) < 1:
             raise ValueError(
-                f"FeatureMemory needs at least one class and one channel, "
-                f"got num_classes={num_classes}, channels={channels}"
+                f"FeatureMemory needs at least one class, channel and slot, got "
+                f"num_classes={num_classes}, channels={channels}, slots={slots}"
             )
         if update not in UPDATES:
             raise ValueError(
@@ -60,34 +70,53 @@ class FeatureMemory(nn.Module):
         self.num_classes = num_classes
         self.channels = channels
         self.update = update
-        self.register_buffer("rows", torch.zeros(num_classes, channels))
-        self.register_buffer("initialized", torch.zeros(num_classes, dtype=torch.bool))
-        # Sums over the pixels observed since the last commit, one row per class: C columns of
-        # the weighted features, then their weights, their number and their norms.
-        self.register_buffer("_sums", torch.zeros(num_classes, channels + 3), persistent=False)
+        self.slots = slots
+        count = num_classes * slots
+        if update == "learned":
+            self.rows = nn.Parameter(torch.zeros(count, channels))
+        else:
+            random = update == "random"
+            start = torch.randn(count, channels).relu() if random else torch.zeros(count, channels)
+            self.register_buffer("rows", start)
+        self.register_buffer("initialized", torch.full((count,), update == "random"))
+        # Sums over the pixels observed since the last commit, one row per row: C columns of the
+        # weighted features, then their weights, their number and their norms.
+        self.register_buffer("_sums", torch.zeros(count, channels + 3), persistent=False)
+        # (K * S,) bool: rows that the last commit left alone because a pixel was not finite.
+        self.register_buffer("rejected", torch.zeros(count, dtype=torch.bool), persistent=False)
 
     def extra_repr(self) -> str:
         """Describe the module in ``print(model)``."""
-        return f"{self.num_classes}, {self.channels}, update={self.update!r}"
+        return f"{self.num_classes}, {self.channels}, update={self.update!r}, slots={self.slots}"
+
+    @property
+    def classes(self) -> Tensor:
+        """The class of each row, (K * S,) int64."""
+        classes = torch.arange(self.num_classes, device=self.rows.device)
+        return classes.repeat_interleave(self.slots)
 
     def read(self, probabilities: Tensor) -> Tensor:
         """Gather the rows by each pixel's class distribution (Eq. 12).
 
         The weight of a class whose row is not initialised goes to the others in proportion; with
-        no initialised row at all the result is zero. Gradients reach ``probabilities`` only.
+        no initialised row at all the result is zero. Gradients reach ``probabilities``, and the
+        rows where they are learned.
 
         Args:
             probabilities: (N, K, h, w), the softmax of H1 over the classes (Eq. 11).
 
         Returns:
-            C'_bi, (N, C, h, w).
+            C'_bi, (N, C, h, w). With S slots (N, S * C, h, w): one such map per slot, each from
+            the rows of that slot alone.
         """
-        known = self.initialized.to(probabilities.dtype)[:, None, None]
-        weights = probabilities * known
-        smallest = torch.finfo(weights.dtype).tiny
-        weights = weights / weights.sum(dim=1, keepdim=True).clamp_min(smallest)
-        gathered = self.rows.t().to(weights.dtype) @ weights.flatten(2)
-        return gathered.unflatten(2, probabilities.shape[-2:])
+        gathered = []
+        for slot in range(self.slots):
+            known = self.initialized[slot :: self.slots].to(probabilities.dtype)[:, None, None]
+            weights = probabilities * known
+            smallest = torch.finfo(weights.dtype).tiny
+            weights = weights / weights.sum(dim=1, keepdim=True).clamp_min(smallest)
+            gathered.append(self.rows[slot :: self.slots].t().to(weights.dtype) @ weights.flatten(2))
+        return torch.cat(gathered, dim=1).unflatten(2, probabilities.shape[-2:])
 
     @torch.no_grad()
     def observe(self, features: Tensor, labels: Tensor, ignore_value: int = 255) -> None:
@@ -103,7 +132,7 @@ class FeatureMemory(nn.Module):
                 left out.
             ignore_value: the label of pixels without ground truth.
         """
-        if self.update == "zero":
+        if self.update in ("zero", "random"):
             return
         if features.dim() != 4 or features.shape[1] != self.channels:
             raise ValueError(
@@ -114,13 +143,24 @@ class FeatureMemory(nn.Module):
             raise ValueError(
                 f"observe: labels of shape {tuple(labels.shape)}, expected ({len(features)}, H, W)"
             )
-        directions = None
-        if self.update == "cosine":
-            directions = _unit_rows(self.rows)
+        directions = vacant = None
+        if self.update == "cosine" or self.slots > 1:
+            directions = _unit_rows(self.rows).view(self.num_classes, self.slots, -1)
+        if self.slots > 1:
+            empty = ~self.initialized.view(self.num_classes, self.slots)
+            vacant = empty & (empty.cumsum(dim=1) == 1)
         with torch.autocast(features.device.type, enabled=False):
             features = features.to(self.rows.dtype)
             for image, label in zip(features, labels, strict=True):
-                _add_class_sums(self._sums, image, label, directions, ignore_value)
+                _add_class_sums(
+                    self._sums,
+                    image,
+                    label,
+                    ignore_value,
+                    directions,
+                    vacant,
+                    weighted=self.update == "cosine",
+                )
 
     @torch.no_grad()
     def commit(self, momentum: float) -> None:
@@ -128,17 +168,18 @@ class FeatureMemory(nn.Module):
 
         A collective operation: every process of the default group must call it, whether it has
         observed anything or not. The sums of all processes are added in one all-reduce, so every
-        process ends with the same rows.
+        process ends with the same rows. Learned rows are initialised, but not moved.
 
         Args:
             momentum: m of Eq. 6, 0..1; the share of the new representation.
         """
-        if self.update == "zero":
+        if self.update in ("zero", "random"):
             return
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(self._sums)
         weighted, (weight, count, length) = self._sums[:, :-3], self._sums[:, -3:].t()
         finite = self._sums.isfinite().all(dim=1)
+        self.rejected.copy_(~finite)
         seen = (count > 0) & finite
 
         # Eq. 10. Rounding leaves a cosine of one at 1 - 1e-7, hence the bound.
@@ -149,12 +190,47 @@ class FeatureMemory(nn.Module):
         target = torch.where(vanishing[:, None], parallel, average)
 
         # Eq. 6; a row seen for the first time is set.
-        moved = torch.where(
-            self.initialized[:, None], self.rows + momentum * (target - self.rows), target
-        )
+        moved = self.rows + momentum * (target - self.rows) if self.update in MOVING else self.rows
+        moved = torch.where(self.initialized[:, None], moved, target)
         self.rows.copy_(torch.where(seen[:, None], moved, self.rows))
         self.initialized.logical_or_(seen)
         self._sums.zero_()
+
+    @torch.no_grad()
+    def initialize(self, rows: Tensor, found: Tensor) -> None:
+        """Set the rows in ``found`` that are not initialised yet.
+
+        Args:
+            rows: like ``self.rows``.
+            found: like ``self.initialized``, which of them to take.
+        """
+        if self.update == "zero":
+            return
+        take = found & ~self.initialized
+        self.rows.copy_(torch.where(take[:, None], rows.to(self.rows), self.rows))
+        self.initialized.logical_or_(take)
+
+    @torch.no_grad()
+    def health(self) -> dict[str, Tensor]:
+        """How the memory is doing, as scalars on its device.
+
+        Returns:
+            ``initialized``: the share of initialised rows; ``row_norm``: their mean length;
+            ``cosine``: the mean cosine between initialised rows of different classes, 0 where
+            there is one class.
+        """
+        known = self.initialized.to(self.rows.dtype)
+        units = (_unit_rows(self.rows) * known[:, None]).view(self.num_classes, self.slots, -1)
+        per_class, count = units.sum(dim=1), known.view(self.num_classes, self.slots).sum(dim=1)
+        # Over all pairs of rows, less the pairs within a class.
+        products = per_class.sum(dim=0).square().sum() - per_class.square().sum()
+        pairs = count.sum().square() - count.square().sum()
+        norms = self.rows.norm(dim=1) * known
+        return {
+            "initialized": known.mean(),
+            "row_norm": norms.sum() / known.sum().clamp_min(1),
+            "cosine": products / pairs.clamp_min(1),
+        }
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
         # Flags without their rows (left out for another shape) would declare zeros initialised.
@@ -165,20 +241,6 @@ class FeatureMemory(nn.Module):
             self.rows.zero_()
             self.initialized.zero_()
 
-    @torch.no_grad()
-    def initialize(self, rows: Tensor, found: Tensor) -> None:
-        """Set the rows of the classes in ``found`` that are not initialised yet.
-
-        Args:
-            rows: (K, C), one representation per class.
-            found: (K,) bool, which of them to take.
-        """
-        if self.update == "zero":
-            return
-        take = found & ~self.initialized
-        self.rows.copy_(torch.where(take[:, None], rows.to(self.rows), self.rows))
-        self.initialized.logical_or_(take)
-
 
 def _unit_rows(rows: Tensor) -> Tensor:
     """Rows brought to length one; zero rows stay zero."""
@@ -186,7 +248,13 @@ def _unit_rows(rows: Tensor) -> Tensor:
 
 
 def _add_class_sums(
-    sums: Tensor, features: Tensor, labels: Tensor, directions: Tensor | None, ignore_value: int
+    sums: Tensor,
+    features: Tensor,
+    labels: Tensor,
+    ignore_value: int,
+    directions: Tensor | None,
+    vacant: Tensor | None,
+    weighted: bool,
 ) -> None:
     """Add one image's class sums to ``sums`` without up-sampling its features.
 
@@ -199,19 +267,19 @@ def _add_class_sums(
       pixels i of class k: four scatter-adds of one number per pixel, and one matrix product.
 
     Args:
-        sums: (K, C + 3), changed in place.
+        sums: (K * S, C + 3), changed in place.
         features: (C, h, w) in the type of ``sums``.
         labels: (H, W) integers.
-        directions: (K, C), the rows at length one (zero where there is none), or None for equal
-            weights.
         ignore_value: label to leave out.
+        directions: (K, S, C), the rows at length one (zero where there is none), or None where
+            they are not needed: one slot and equal weights.
+        vacant: (K, S) bool, slots that all pixels of their class go to; needed if S > 1.
+        weighted: whether the weights are those of Eq. 10, else equal.
     """
-    num_classes = len(sums)
+    slots = 1 if directions is None else directions.shape[1]
+    num_classes = len(sums) // slots
+    features = _two_by_two(features)
     channels, h, w = features.shape
-    # A grid of at least 2 x 2, so that every pixel lies in a cell of four points.
-    if h == 1 or w == 1:
-        features = features.expand(channels, max(h, 2), max(w, 2))
-        h, w = features.shape[1:]
     flat = features.flatten(1)
 
     labels = labels.long()
@@ -219,45 +287,99 @@ def _add_class_sums(
     index = torch.where(known, labels, num_classes)
     # Work with the classes that occur. Finding them needs the host, which costs nothing on the
     # CPU; on an accelerator it would stall the queue, and all K classes are taken instead.
-    if index.device.type == "cpu":
+    on_cpu = index.device.type == "cpu"
+    if on_cpu:
         present = index.flatten().bincount(minlength=num_classes + 1)[:num_classes].nonzero()[:, 0]
         position = index.new_full((num_classes + 1,), len(present))
         position[present] = torch.arange(len(present))
         index = position[index]
     else:
         present = torch.arange(num_classes, device=index.device)
-    bins = len(present)  # bin number `bins` takes the pixels that are left out
 
     top, down = _cells(labels.shape[0], h, features)
     left, right = _cells(labels.shape[1], w, features)
-    corner = (index * (h * w) + top[:, None] * w + left).flatten()
+    cell = top[:, None] * w + left
     down, right = down[:, None], right[None, :]
     shifts = (0, 1, w, w + 1)  # upper left, upper right, lower left, lower right
     shares = ((1 - down) * (1 - right), (1 - down) * right, down * (1 - right), down * right)
-
     norm = _squared_norms(features, top, down, left, right).clamp_min_(0).sqrt_()
-    if directions is None:
-        weight = torch.ones_like(norm)
-    else:
-        products = torch.zeros((bins + 1) * h * w + w + 1, dtype=flat.dtype, device=flat.device)
-        products[: bins * h * w] = (directions[present] @ flat).flatten()
-        dot = torch.zeros_like(norm)
+
+    def products(slot: int) -> Tensor:
+        """Of each pixel with the given slot of its class, (H, W)."""
+        maps = flat.new_zeros((len(present) + 1) * h * w + w + 1)
+        maps[: len(present) * h * w] = (directions[present, slot] @ flat).flatten()
+        corner = (index * (h * w) + cell).flatten()
+        result = torch.zeros_like(norm)
         for shift, share in zip(shifts, shares, strict=True):
-            dot += share * products[shift:].index_select(0, corner).view_as(norm)
+            result += share * maps[shift:].index_select(0, corner).view_as(norm)
+        return result
+
+    dot = products(0) if directions is not None else None
+    if slots > 1:
+        # The most similar slot: all have the pixel's norm in common. A vacant one wins.
+        always = torch.cat([vacant[present], vacant.new_zeros(1, slots)])
+        best, choice = dot.masked_fill(always[index, 0], torch.inf), torch.zeros_like(index)
+        for slot in range(1, slots):
+            other = products(slot)
+            score = other.masked_fill(always[index, slot], torch.inf)
+            better = score > best
+            best = torch.where(better, score, best)
+            dot = torch.where(better, other, dot)
+            choice.masked_fill_(better, slot)
+        index = index * slots + choice.masked_fill_(index == len(present), 0)
+        offset = torch.arange(slots, device=index.device)
+        present = (present[:, None] * slots + offset).flatten()
+    bins = len(present)  # bin number `bins` takes the pixels that are left out
+
+    if weighted:
         cosine = dot / norm.clamp_min(torch.finfo(norm.dtype).tiny)
         weight = (1 - cosine).clamp_min_(0)  # Eq. 10; never negative by rounding
+    else:
+        weight = torch.ones_like(norm)
 
-    spread = torch.zeros((bins + 1) * h * w + w + 1, dtype=flat.dtype, device=flat.device)
+    spread = flat.new_zeros((bins + 1) * h * w + w + 1)
+    corner = (index * (h * w) + cell).flatten()
     for shift, share in zip(shifts, shares, strict=True):
         spread[shift:].index_add_(0, corner, (weight * share).flatten())
     spread = spread[: bins * h * w].view(bins, h * w)
 
-    totals = torch.zeros(3, bins + 1, dtype=flat.dtype, device=flat.device)
+    totals = flat.new_zeros(3, bins + 1)
     index = index.flatten()
     totals[1].index_add_(0, index, torch.ones_like(norm).flatten())
     totals[2].index_add_(0, index, norm.flatten())
     totals[0, :bins] = spread.sum(dim=1)
+    # A point that is not finite has spoilt the norms of the classes it belongs to. It must not
+    # reach the others as 0 x nan.
+    if not (on_cpu and flat.sum().isfinite()):
+        flat = flat.nan_to_num(0, 0, 0)
     sums.index_add_(0, present, torch.cat([spread @ flat.t(), totals[:, :bins].t()], dim=1))
+
+
+def interpolate_pixels(features: Tensor, size: tuple[int, int], pixels: Tensor) -> Tensor:
+    """Some pixels of the bilinearly up-sampled features, without making the others.
+
+    Args:
+        features: (C, h, w).
+        size: (H, W) to which they are up-sampled.
+        pixels: (n,) int64, the wanted ones as y * W + x.
+
+    Returns:
+        (n, C).
+    """
+    features = _two_by_two(features)
+    top, down = _cells(size[0], features.shape[1], features)
+    left, right = _cells(size[1], features.shape[2], features)
+    y, x = pixels // size[1], pixels % size[1]
+    top, down, left, right = top[y], down[y], left[x], right[x]
+    upper = features[:, top, left] * (1 - right) + features[:, top, left + 1] * right
+    lower = features[:, top + 1, left] * (1 - right) + features[:, top + 1, left + 1] * right
+    return (upper * (1 - down) + lower * down).t()
+
+
+def _two_by_two(features: Tensor) -> Tensor:
+    """A grid of at least 2 x 2, so that every pixel lies in a cell of four points."""
+    channels, h, w = features.shape
+    return features.expand(channels, max(h, 2), max(w, 2)) if min(h, w) == 1 else features
 
 
 def _cells(size: int, grid: int, like: Tensor) -> tuple[Tensor, Tensor]:
