@@ -24,20 +24,41 @@ def add_mcibi_config(cfg: CN) -> None:
     # alpha and beta of Eq. 19.
     cfg.MODEL.MCIBI.LOSS_WEIGHT_W = 0.4
     cfg.MODEL.MCIBI.LOSS_WEIGHT_M = 1.0
+    # First iteration with the memory loss; the released code begins after its first epoch.
+    cfg.MODEL.MCIBI.LOSS_START_M = 0
+    # What H2's batch norm does with the memory rows in the memory loss (representation-consistent
+    # learning): running uses its running statistics, which the rows do not change; batch uses those
+    # of the rows, which enter the running ones, as released.
+    cfg.MODEL.MCIBI.RCL_BN = "running"
 
     cfg.MODEL.MCIBI.MEMORY = CN()
-    # How the rows start (section 3.2): random_pixel draws one pixel per class from the training
-    # set before the first iteration; first_batch_mean takes the mean of a class's pixels in the
-    # first batch that has them.
+    # How the rows start (section 3.2), each before the first iteration but first_batch_mean:
+    # random_pixel: one pixel per row, drawn from the training set (the paper).
+    # clustering: centres of such pixels by k-means on their directions (Table 2; scikit-learn).
+    # first_batch_mean: the mean of a class's pixels in the first batch that has them (released).
+    # file: INIT_FILE. Rows that are not found start as with first_batch_mean.
     cfg.MODEL.MCIBI.MEMORY.INIT = "random_pixel"
-    # random_pixel stops when every class was seen, or after this many training images.
+    # random_pixel and clustering stop when they have all pixels, or after this many images.
     cfg.MODEL.MCIBI.MEMORY.INIT_MAX_IMAGES = 2000
-    # cosine: Eq. 9-10. mean: every pixel alike (Table 2). zero: a control without memory: the
-    # rows stay zero, and there is no memory loss.
+    # Pixels per class for clustering.
+    cfg.MODEL.MCIBI.MEMORY.INIT_PIXELS = 100
+    # Of INIT file: .npy, or a .pth with a tensor or a checkpoint, of (K, C), (K * SLOTS, C) or
+    # (K, SLOTS, C) numbers. Rows of zeros count as not there.
+    cfg.MODEL.MCIBI.MEMORY.INIT_FILE = ""
+    # cosine: Eq. 9-10. mean: every pixel alike (Table 2). Three controls tell what the memory does
+    # from what the network's further layers do:
+    # zero: the rows stay zero, and there is no memory loss.
+    # random: random rows, drawn once and frozen; INIT is not used.
+    # learned: the rows are parameters, which INIT fills and the optimiser trains.
     cfg.MODEL.MCIBI.MEMORY.UPDATE = "cosine"
     # m_0 and p of Eq. 7.
     cfg.MODEL.MCIBI.MEMORY.MOMENTUM = 0.9
     cfg.MODEL.MCIBI.MEMORY.POWER = 0.9
+    # poly: Eq. 7. constant: m_0 (Table 2, without "Poly"). lr: m_0 times the current learning rate
+    # as a share of its base value, warm-up included (released).
+    cfg.MODEL.MCIBI.MEMORY.MOMENTUM_SCHEDULE = "poly"
+    # Rows per class. With more than one, each has an attention block of its own (released option).
+    cfg.MODEL.MCIBI.MEMORY.SLOTS = 1
 
     # --- The backbone `build_timm_backbone`.
     cfg.MODEL.TIMM = CN()

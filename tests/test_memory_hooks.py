@@ -1,5 +1,6 @@
 import copy
 import math
+from types import SimpleNamespace
 
 import processes
 import pytest
@@ -12,8 +13,9 @@ from detectron2.structures import ImageList
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mcibi_d2.engine import MemoryInitHook, MemoryUpdateHook, Trainer, memory_hooks
-from mcibi_d2.engine.memory_hooks import draw_random_pixels, poly_momentum
+from mcibi_d2.engine import MemoryInitHook, MemoryUpdateHook, Trainer, memory_init
+from mcibi_d2.engine.memory_hooks import poly_momentum
+from mcibi_d2.engine.memory_init import draw_random_pixels
 from mcibi_d2.modeling import MCIBIHead
 
 
@@ -80,8 +82,11 @@ class TinyModel(torch.nn.Module):
         return self.head.memory
 
 
-def draw(model, batches, seed, max_images):
-    draw_random_pixels(model, model.head, batches, seed, max_images)
+def draw(model, batches, seed, max_images, init="random_pixel", pixels=100):
+    """What the hook does before training."""
+    hook = MemoryInitHook(init, seed, max_images, pixels)
+    hook.trainer = SimpleNamespace(start_iter=0, model=model, data_loader=batches)
+    hook.before_train()
 
 
 def stream(count, size=(4, 5), classes=3, seed=0):
@@ -171,9 +176,9 @@ def test_draw_is_the_same_on_every_number_of_processes(tmp_path, world_size):
 
 def test_memory_is_initialised_before_training_and_not_again(tmp_path, monkeypatch):
     calls = []
-    original = memory_hooks.draw_random_pixels
+    original = memory_init.draw_random_pixels
     monkeypatch.setattr(
-        memory_hooks, "draw_random_pixels", lambda *args: (calls.append(1), original(*args))
+        memory_init, "draw_random_pixels", lambda *args: (calls.append(1), original(*args))[1]
     )
     cfg = make_tiny_cfg(tmp_path / "output", "SOLVER.CHECKPOINT_PERIOD", "2")
     Trainer(cfg).train()
@@ -185,9 +190,10 @@ def test_memory_is_initialised_before_training_and_not_again(tmp_path, monkeypat
     assert calls == [1]
 
 
-def test_first_batch_mean_has_no_initial_pass(tmp_path):
-    cfg = make_tiny_cfg(tmp_path, "MODEL.MCIBI.MEMORY.INIT", "first_batch_mean")
-    assert MemoryInitHook not in {type(h) for h in Trainer(cfg)._hooks}
+def test_first_batch_mean_has_no_initial_pass():
+    model = TinyModel(3)
+    draw(model, batched(stream(3), 1), seed=0, max_images=100, init="first_batch_mean")
+    assert not model.memory.initialized.any()
 
 
 @pytest.mark.parametrize("divisibility", [0, 32])

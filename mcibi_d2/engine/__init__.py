@@ -2,7 +2,8 @@
 
 from .checkpoint import Checkpointer
 from .launch import launch
-from .memory_hooks import MemoryInitHook, MemoryUpdateHook
+from .memory_hooks import MemoryUpdateHook
+from .memory_init import MemoryInitHook
 from .setup import load_config, setup
 from .trainer import Trainer
 

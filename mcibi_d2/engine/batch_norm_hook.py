@@ -8,6 +8,8 @@ from detectron2.engine import HookBase
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from .train_step import is_due
+
 
 class AverageStatisticsHook(HookBase):
     """Average the running statistics of plain batch norms over all processes.
@@ -21,12 +23,11 @@ class AverageStatisticsHook(HookBase):
     """
 
     def __init__(self, periods: Iterable[int]):
-        self.periods = [period for period in periods if period > 0]
+        self.periods = tuple(periods)
 
     def after_step(self) -> None:
         """Average, if something is about to be written or evaluated."""
-        done = self.trainer.iter + 1
-        if done == self.trainer.max_iter or any(done % period == 0 for period in self.periods):
+        if is_due(self.trainer.iter + 1, self.trainer.max_iter, self.periods):
             average_statistics(self.trainer.model)
 
 

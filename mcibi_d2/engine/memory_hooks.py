@@ -1,19 +1,17 @@
-"""When the memory is initialised and updated."""
+"""When the memory is updated, and how it is watched."""
 
-import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
-import torch.distributed as dist
-import torch.nn.functional as F
 from detectron2.engine import HookBase
-from detectron2.structures import ImageList
 from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
-from torch import Tensor, nn
-from tqdm import tqdm
+from torch import nn
 
+from ..errors import InputError
 from ..modeling import FeatureMemory, MCIBIHead
+from ..modeling.memory import MOVING
+from .train_step import is_due
 
 
 def find_memories(model: nn.Module) -> list[FeatureMemory]:
@@ -34,6 +32,9 @@ def poly_momentum(iteration: int, max_iter: int, momentum: float, power: float) 
     return (1 - iteration / max_iter) ** power * (momentum - floor) + floor
 
 
+SCHEDULES = ("poly", "constant", "lr")
+
+
 class MemoryUpdateHook(HookBase):
     """Commit the observed features after every step (Eq. 6), with the momentum of Eq. 7.
 
@@ -41,192 +42,114 @@ class MemoryUpdateHook(HookBase):
     learning rate and the one that writes checkpoints: second in the list, after
     ``IterationTimer``.
 
+    Nothing is read from the device in between, but when a period is over it is, once: a class with
+    a feature that was not finite stops the run, and these go to the event storage (TensorBoard,
+    ``metrics.json``), each under ``memory/``: ``initialized``, the share of rows that are;
+    ``momentum``; ``row_norm``, their mean length; ``cosine``, the mean over pairs of rows of
+    different classes; ``h2_accuracy``, the share of rows that H2 gives to their own class.
+
     Args:
         momentum: m_0 of Eq. 7.
         power: p of Eq. 7.
+        schedule: ``poly``: Eq. 7. ``constant``: m_0. ``lr``: m_0 times the optimiser's current
+            share of its initial learning rate.
+        loss_start: first iteration with the memory loss.
+        periods: look at the memory when the number of done iterations is a multiple of one of
+            these, or all.
+        class_names: for the error.
     """
 
-    def __init__(self, momentum: float = 0.9, power: float = 0.9):
+    def __init__(
+        self,
+        momentum: float = 0.9,
+        power: float = 0.9,
+        schedule: str = "poly",
+        loss_start: int = 0,
+        periods: Iterable[int] = (20,),
+        class_names: Sequence[str] = (),
+    ):
+        if schedule not in SCHEDULES:
+            raise InputError(
+                f"MemoryUpdateHook(schedule={schedule!r}): expected one of {', '.join(SCHEDULES)}"
+            )
         self.momentum = momentum
         self.power = power
+        self.schedule = schedule
+        self.loss_start = loss_start
+        self.periods = tuple(periods)
+        self.class_names = class_names
 
     def before_train(self) -> None:
         """Find the memories of the trainer's model."""
-        self._memories = find_memories(self.trainer.model)
+        model = self.trainer.model
+        self._memories = find_memories(model)
+        self._heads = [m for m in model.modules() if isinstance(m, MCIBIHead) and m.enabled]
+        # Per memory: the first iteration in which a row was rejected, -1 for none.
+        self._rejected = [
+            torch.full(memory.rejected.shape, -1, device=memory.rejected.device)
+            for memory in self._memories
+        ]
+
+    def before_step(self) -> None:
+        """Switch the memory loss on when its time has come."""
+        for head in self._heads:
+            head.memory_loss_active = self.trainer.iter >= self.loss_start
 
     def after_step(self) -> None:
-        """Update the rows, and log the momentum."""
-        momentum = poly_momentum(
-            self.trainer.iter, self.trainer.max_iter, self.momentum, self.power
-        )
-        for memory in self._memories:
+        """Update the rows; look at them, if it is time."""
+        momentum = self._momentum()
+        for memory, rejected in zip(self._memories, self._rejected, strict=True):
             memory.commit(momentum)
-        if self._memories:
-            get_event_storage().put_scalar("memory/momentum", momentum, smoothing_hint=False)
+            rejected.masked_fill_(memory.rejected & (rejected < 0), self.trainer.iter)
+        if is_due(self.trainer.iter + 1, self.trainer.max_iter, self.periods):
+            self._check()
+            if comm.is_main_process():
+                self._log(momentum)
 
+    def _momentum(self) -> float:
+        if self.schedule == "constant":
+            return self.momentum
+        if self.schedule == "lr":
+            optimizer = self.trainer.optimizer
+            group = optimizer.param_groups[0]
+            return self.momentum * group["lr"] / group.get("initial_lr", optimizer.defaults["lr"])
+        return poly_momentum(self.trainer.iter, self.trainer.max_iter, self.momentum, self.power)
 
-class MemoryInitHook(HookBase):
-    """Give each class one random pixel of the training set as its first row (section 3.2).
+    def _check(self) -> None:
+        """Stop, on all processes alike, if a feature was not finite."""
+        for memory, rejected in zip(self._memories, self._rejected, strict=True):
+            bad = {
+                (iteration, row // memory.slots)
+                for row, iteration in enumerate(rejected.tolist())
+                if iteration >= 0
+            }
+            if bad:
+                first = min(iteration for iteration, _ in bad)
+                classes = [k for iteration, k in sorted(bad) if iteration == first]
+                names = [
+                    f"{k} ({self.class_names[k]})" if k < len(self.class_names) else str(k)
+                    for k in classes
+                ]
+                raise InputError(
+                    f"the features of class {', '.join(names)} were not finite at iteration "
+                    f"{first}, expected finite ones; the memory kept its rows (a lower "
+                    f"SOLVER.BASE_LR, a warm-up, SOLVER.AMP.PRECISION bfloat16?)"
+                )
 
-    Before the first iteration the untrained network, in evaluation mode, goes over training
-    batches until every class has been seen, or a number of images. Of all pixels of a class in
-    these images, each is equally likely to be taken. The draw is a function of the seed and of
-    the images, not of the number of processes. Classes that were not found are initialised by the
-    first batch that has them. A run that is resumed, or started from weights with a memory, keeps
-    its rows.
-
-    Args:
-        seed: of the draw.
-        max_images: at most this many images, of all processes together.
-    """
-
-    def __init__(self, seed: int, max_images: int = 2000):
-        self.seed = seed
-        self.max_images = max_images
-
-    def before_train(self) -> None:
-        """Fill the memory of the trainer's model."""
-        if self.trainer.start_iter > 0:
-            return
-        model = self.trainer.model
-        model = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
-        for head in model.modules():
-            if isinstance(head, MCIBIHead) and head.enabled:
-                memory = head.memory
-                if memory.update != "zero" and not memory.initialized.any():
-                    loader = self.trainer.data_loader
-                    draw_random_pixels(model, head, loader, self.seed, self.max_images)
-
-
-@torch.no_grad()
-def draw_random_pixels(
-    model: nn.Module,
-    head: MCIBIHead,
-    data_loader: Iterable[list[dict]],
-    seed: int,
-    max_images: int,
-) -> None:
-    """Initialise a head's memory with one random pixel per class.
-
-    Every pixel gets a random key, and each class keeps the pixel with its largest key, over all
-    batches and all processes: a uniform draw that needs no second pass. The keys of an image are
-    a function of the seed and of its place in the training stream.
-
-    Args:
-        model: a segmentor with a ``backbone``; it is run on the batches in evaluation mode.
-        head: of the model; its projection gives the pixels.
-        data_loader: training batches.
-        seed: of the draw.
-        max_images: stop after this many images of all processes.
-    """
-    memory = head.memory
-    world_size = comm.get_world_size()
-    best = torch.full((memory.num_classes,), -1.0, dtype=torch.float64, device=memory.rows.device)
-    rows = torch.zeros_like(memory.rows)
-    images = 0
-    projected: list[Tensor] = []
-    watch = head.project.register_forward_hook(lambda *args: projected.append(args[-1].float()))
-    was_training = model.training
-    model.eval()
-    try:
-        with tqdm(
-            total=memory.num_classes,
-            desc="Initialising the memory",
-            unit="class",
-            disable=not comm.is_main_process(),
-        ) as progress:
-            for batch in data_loader:
-                projected.clear()
-                model(batch)
-                # The features cover the padded images of the batch.
-                targets = ImageList.from_tensors(
-                    [x["sem_seg"].to(rows.device) for x in batch],
-                    model.backbone.size_divisibility,
-                    head.ignore_value,
-                ).tensor
-                for place, x in enumerate(batch):
-                    position = x.get("position", images + comm.get_rank() + place * world_size)
-                    _keep_largest_keys(
-                        best,
-                        rows,
-                        projected[0][place],
-                        targets[place],
-                        seed,
-                        position,
-                        head.ignore_value,
-                    )
-                images += len(batch) * world_size
-                found = _merge(best, rows)
-                progress.update(found - progress.n)
-                if found == memory.num_classes or images >= max_images:
-                    break
-    finally:
-        watch.remove()
-        model.train(was_training)
-    memory.initialize(rows, best >= 0)
-    missing = (best < 0).nonzero().flatten().tolist()
-    logging.getLogger(__name__).info(
-        f"Memory initialised: {memory.num_classes - len(missing)} of {memory.num_classes} classes "
-        f"from {images} images"
-        + (f"; classes {missing} start with the first batch that has them." if missing else ".")
-    )
-
-
-def _keep_largest_keys(
-    best: Tensor,
-    rows: Tensor,
-    feature: Tensor,
-    labels: Tensor,
-    seed: int,
-    position: int,
-    ignore_value: int,
-) -> None:
-    """Let the pixels of one image compete for the rows of their classes.
-
-    Args:
-        best: (K,) float64, the largest key so far; changed in place.
-        rows: (K, C), the pixels of these keys; changed in place.
-        feature: (C, h, w), R' of the image.
-        labels: (H, W).
-        seed: of the draw.
-        position: of the image in the training stream.
-        ignore_value: label to leave out.
-    """
-    # On the CPU, so that every device draws the same; 53 bits, so that keys do not tie.
-    generator = torch.Generator().manual_seed(hash((seed, position)) & (2**63 - 1))
-    keys = torch.rand(labels.numel(), generator=generator, dtype=torch.float64).to(labels.device)
-    flat = labels.flatten()
-    valid = ((flat >= 0) & (flat < len(best)) & (flat != ignore_value)).nonzero().flatten()
-    keys, classes = keys[valid], flat[valid]
-    largest = torch.full_like(best, -1).scatter_reduce(0, classes, keys, "amax")
-    winners = valid[keys == largest[classes]]
-    winners = winners[largest[flat[winners]] > best[flat[winners]]]
-    if len(winners) == 0:
-        return
-    classes = flat[winners]
-    best[classes] = largest[classes]
-    upsampled = F.interpolate(
-        feature[None], size=labels.shape, mode="bilinear", align_corners=False
-    )
-    rows[classes] = upsampled[0].flatten(1)[:, winners].t()
-
-
-def _merge(best: Tensor, rows: Tensor) -> int:
-    """Give every process the rows with the largest keys of all; returns how many classes have one.
-
-    Args:
-        best: (K,), changed in place.
-        rows: (K, C), changed in place.
-    """
-    if comm.get_world_size() > 1:
-        largest = best.clone()
-        dist.all_reduce(largest, dist.ReduceOp.MAX)
-        # A key belongs to one process, or to all of them after an earlier merge.
-        mine = (best == largest) & (largest >= 0)
-        holders = mine.to(rows.dtype)
-        rows.mul_(mine[:, None])
-        dist.all_reduce(holders)
-        dist.all_reduce(rows)
-        rows.div_(holders.clamp_min(1)[:, None])
-        best.copy_(largest)
-    return int((best >= 0).sum())
+    def _log(self, momentum: float) -> None:
+        scalars = {}
+        for memory in self._memories:
+            if memory.update == "zero":
+                continue
+            scalars.update(memory.health())
+            if memory.update in MOVING:
+                scalars["momentum"] = momentum
+        for head in self._heads:
+            if head.memory.update != "zero":
+                scalars["h2_accuracy"] = head.rows_accuracy()
+        on_device = {name: value for name, value in scalars.items() if torch.is_tensor(value)}
+        if on_device:
+            values = torch.stack([value.float() for value in on_device.values()]).tolist()
+            scalars.update(zip(on_device, values, strict=True))
+        for name, value in scalars.items():
+            get_event_storage().put_scalar(f"memory/{name}", value, smoothing_hint=False)

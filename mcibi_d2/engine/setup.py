@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import importlib.util
 import os
 import tempfile
 
@@ -13,8 +14,11 @@ from detectron2.utils.file_io import PathManager
 from ..config import add_mcibi_config
 from ..errors import InputError
 from ..modeling.fusion import FUSIONS
+from ..modeling.head import RCL_BATCH_NORMS
 from ..modeling.memory import UPDATES
 from .checkpoint import check_weights_exist
+from .memory_hooks import SCHEDULES as MOMENTUM_SCHEDULES
+from .memory_init import INITS
 from .train_step import PRECISIONS
 
 SCHEDULES = (
@@ -23,7 +27,6 @@ SCHEDULES = (
     "WarmupCosineLR",
     "WarmupStepWithFixedGammaLR",
 )
-INITS = ("random_pixel", "first_batch_mean")
 
 
 def load_config(config_file: str = "", options: list[str] | None = None) -> CfgNode:
@@ -115,6 +118,12 @@ def check_config(
         ("MODEL.MCIBI.FUSION", cfg.MODEL.MCIBI.FUSION, FUSIONS),
         ("MODEL.MCIBI.MEMORY.UPDATE", cfg.MODEL.MCIBI.MEMORY.UPDATE, UPDATES),
         ("MODEL.MCIBI.MEMORY.INIT", cfg.MODEL.MCIBI.MEMORY.INIT, INITS),
+        (
+            "MODEL.MCIBI.MEMORY.MOMENTUM_SCHEDULE",
+            cfg.MODEL.MCIBI.MEMORY.MOMENTUM_SCHEDULE,
+            MOMENTUM_SCHEDULES,
+        ),
+        ("MODEL.MCIBI.RCL_BN", cfg.MODEL.MCIBI.RCL_BN, RCL_BATCH_NORMS),
         ("MODEL.MCIBI.PROJECT_KERNEL", cfg.MODEL.MCIBI.PROJECT_KERNEL, (1, 3)),
         ("MODEL.MCIBI.FUSE_KERNEL", cfg.MODEL.MCIBI.FUSE_KERNEL, (1, 3)),
         ("SOLVER.AMP.PRECISION", cfg.SOLVER.AMP.PRECISION, PRECISIONS),
@@ -148,8 +157,28 @@ def check_config(
             f"SOLVER.IMS_PER_BATCH is {cfg.SOLVER.IMS_PER_BATCH}, expected a multiple of the "
             f"{reference} processes"
         )
+    _check_memory(cfg.MODEL.MCIBI.MEMORY, train and cfg.MODEL.MCIBI.ENABLED)
     _check_data(cfg, train)
     _check_output(cfg.OUTPUT_DIR)
+
+
+def _check_memory(memory: CfgNode, train: bool) -> None:
+    """The numbers are in their ranges, and what INIT needs is there."""
+    for key in ("SLOTS", "INIT_PIXELS", "INIT_MAX_IMAGES"):
+        if memory[key] < 1:
+            raise InputError(f"MODEL.MCIBI.MEMORY.{key} is {memory[key]}, expected at least 1")
+    if not 0 <= memory.MOMENTUM <= 1:
+        raise InputError(f"MODEL.MCIBI.MEMORY.MOMENTUM is {memory.MOMENTUM}, expected 0..1")
+    if train and memory.INIT == "file" and not PathManager.isfile(memory.INIT_FILE):
+        raise InputError(
+            f"MODEL.MCIBI.MEMORY.INIT_FILE: {memory.INIT_FILE or 'empty'}: no such file, expected "
+            f"the rows of the memory (.npy or .pth)"
+        )
+    if train and memory.INIT == "clustering" and not importlib.util.find_spec("sklearn"):
+        raise InputError(
+            "MODEL.MCIBI.MEMORY.INIT is clustering, which needs scikit-learn: "
+            "pip install 'scikit-learn>=1.3'"
+        )
 
 
 def _check_data(cfg: CfgNode, train: bool) -> None:

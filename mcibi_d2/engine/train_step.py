@@ -15,6 +15,17 @@ from ..errors import InputError
 PRECISIONS = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
+def is_due(done: int, max_iter: int, periods: Iterable[int]) -> bool:
+    """Whether something with several periods is to be done after ``done`` iterations.
+
+    Args:
+        done: number of iterations that are done.
+        max_iter: of the training; the end is always due.
+        periods: 0 is never.
+    """
+    return done == max_iter or any(period > 0 and done % period == 0 for period in periods)
+
+
 class TrainStep(SimpleTrainer):
     """Detectron2's ``SimpleTrainer`` with mixed precision on CPU and GPU, made reproducible.
 
@@ -51,7 +62,7 @@ class TrainStep(SimpleTrainer):
         super().__init__(model, data_loader, optimizer)
         self.seed = seed
         self.max_iter = max_iter
-        self._flush_periods = [period for period in flush_periods if period > 0]
+        self._flush_periods = tuple(flush_periods)
         self._device = next(model.parameters()).device.type
         self._precision = PRECISIONS[precision] if precision else None
         self._scaler = torch.amp.GradScaler(self._device, enabled=precision == "float16")
@@ -79,8 +90,7 @@ class TrainStep(SimpleTrainer):
         self._names = list(losses)
         values = torch.stack([value.detach().float() for value in losses.values()])
         self._pending.append((self.iter, [x.get("file_name", "?") for x in batch], values))
-        done = self.iter + 1
-        if done == self.max_iter or any(done % period == 0 for period in self._flush_periods):
+        if is_due(self.iter + 1, self.max_iter, self._flush_periods):
             self.flush()
 
     def flush(self) -> None:

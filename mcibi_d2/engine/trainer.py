@@ -7,7 +7,7 @@ import os
 import weakref
 
 import torch
-from detectron2.data import build_detection_test_loader
+from detectron2.data import MetadataCatalog, build_detection_test_loader
 from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, hooks
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.solver import LRMultiplier, WarmupParamScheduler
@@ -27,7 +27,8 @@ from ..data.loader import move_to_iteration
 from ..evaluation import SemSegEvaluator
 from .batch_norm_hook import AverageStatisticsHook
 from .checkpoint import Checkpointer, replacing
-from .memory_hooks import MemoryInitHook, MemoryUpdateHook, find_memories
+from .memory_hooks import MemoryUpdateHook, find_memories
+from .memory_init import MemoryInitHook
 from .train_step import TrainStep
 
 LOG_PERIOD = 20
@@ -59,6 +60,8 @@ class Trainer(DefaultTrainer):
         # run with SEED -1 can be resumed too.
         self.seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
 
+        # When something leaves the device: losses, and how the memory is.
+        self._flush_periods = (LOG_PERIOD, cfg.SOLVER.CHECKPOINT_PERIOD, cfg.TEST.EVAL_PERIOD)
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
         data_loader = self.build_train_loader(cfg)
@@ -76,7 +79,7 @@ class Trainer(DefaultTrainer):
             optimizer,
             precision=cfg.SOLVER.AMP.PRECISION if cfg.SOLVER.AMP.ENABLED else None,
             seed=self.seed,
-            flush_periods=(LOG_PERIOD, cfg.SOLVER.CHECKPOINT_PERIOD, cfg.TEST.EVAL_PERIOD),
+            flush_periods=self._flush_periods,
             max_iter=self.max_iter,
         )
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
@@ -128,9 +131,22 @@ class Trainer(DefaultTrainer):
         built = super().build_hooks()
         if find_memories(self.model):
             # Before the hook that steps the learning rate and before the checkpoint.
-            built.insert(1, MemoryUpdateHook(memory.MOMENTUM, memory.POWER))
-            if memory.INIT == "random_pixel":
-                built.insert(1, MemoryInitHook(self.seed, memory.INIT_MAX_IMAGES))
+            update = MemoryUpdateHook(
+                memory.MOMENTUM,
+                memory.POWER,
+                memory.MOMENTUM_SCHEDULE,
+                cfg.MODEL.MCIBI.LOSS_START_M,
+                self._flush_periods,
+                MetadataCatalog.get(cfg.DATASETS.TRAIN[0]).get("stuff_classes", ()),
+            )
+            initialize = MemoryInitHook(
+                memory.INIT,
+                self.seed,
+                memory.INIT_MAX_IMAGES,
+                memory.INIT_PIXELS,
+                memory.INIT_FILE,
+            )
+            built[1:1] = [initialize, update]
         if comm.get_world_size() > 1:
             periods = (cfg.SOLVER.CHECKPOINT_PERIOD, cfg.TEST.EVAL_PERIOD)
             built.insert(1, AverageStatisticsHook(periods))

@@ -1,5 +1,6 @@
 """The attention block that refines gathered context by the pixels (paper, Eq. 13-14)."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -47,3 +48,33 @@ class Attention(nn.Module):
         )
         refined = F.scaled_dot_product_attention(query, key, value)[:, 0].transpose(1, 2)
         return self.out(refined.reshape(len(pixels), -1, *pixels.shape[-2:]))
+
+
+class SlotAttention(nn.Module):
+    """One :class:`Attention` per memory slot, joined by a 1x1 conv-BN-ReLU.
+
+    For a memory with several rows per class, as in the code that the paper's authors released.
+
+    Args:
+        slots: S, at least 2.
+        channels: see :class:`Attention`.
+        attention_dim: see :class:`Attention`.
+        norm: see :class:`Attention`.
+    """
+
+    def __init__(
+        self,
+        slots: int,
+        channels: int = 512,
+        attention_dim: int = 256,
+        norm: NormFactory = nn.BatchNorm2d,
+    ):
+        super().__init__()
+        self.of_slot = nn.ModuleList(Attention(channels, attention_dim, norm) for _ in range(slots))
+        self.join = conv_norm_relu(slots * channels, channels, 1, norm)
+
+    def forward(self, pixels: Tensor, context: Tensor) -> Tensor:
+        """Refine ``context`` (N, S * C, h, w) by ``pixels`` (N, C, h, w); returns (N, C, h, w)."""
+        contexts = context.chunk(len(self.of_slot), dim=1)
+        refined = [of(pixels, c) for of, c in zip(self.of_slot, contexts, strict=True)]
+        return self.join(torch.cat(refined, dim=1))

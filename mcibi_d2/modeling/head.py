@@ -10,10 +10,13 @@ from detectron2.modeling import SEM_SEG_HEADS_REGISTRY
 from torch import Tensor, nn
 
 from ..errors import InputError
-from .attention import Attention
+from .attention import Attention, SlotAttention
 from .blocks import classifier, conv_norm_relu, resolve_norm
 from .fusion import FUSIONS
 from .memory import FeatureMemory
+
+# Batch norm in the memory loss: see MCIBIHead.
+RCL_BATCH_NORMS = ("running", "batch")
 
 
 @SEM_SEG_HEADS_REGISTRY.register()
@@ -36,7 +39,9 @@ class MCIBIHead(nn.Module):
     - ``loss_o``: cross-entropy of O, over valid pixels (Eq. 18);
     - ``loss_w``: cross-entropy of H1, over valid pixels, times ``loss_weight_w`` (Eq. 16);
     - ``loss_m``: cross-entropy of H2 on the initialised memory rows, times ``loss_weight_m``
-      (Eq. 15 and 17); not there for a memory held at zero;
+      (Eq. 15 and 17), the representation-consistent loss; not there for a memory held at zero,
+      and 0 while ``memory_loss_active`` is False (:class:`mcibi_d2.engine.MemoryUpdateHook` sets
+      it, for a loss that starts later);
     - ``loss_aux``: cross-entropy of an FCN head on ``aux_feature``, over valid pixels, times
       ``aux_loss_weight``.
 
@@ -55,6 +60,11 @@ class MCIBIHead(nn.Module):
         dropout: probability of Dropout2d before each classifier.
         norm: name for ``detectron2.layers.get_norm``.
         memory_update: see :class:`FeatureMemory`.
+        memory_slots: see :class:`FeatureMemory`.
+        rcl_bn: what H2's batch norms do with the memory rows in ``loss_m``. ``"running"``: they
+            use their running statistics, and do not change them. ``"batch"``: they use those of
+            the initialised rows, which also enter the running ones, as in the released code; with
+            a single row, which has no variance, they do as with ``"running"``.
         loss_weight: weight of ``loss_o``.
         loss_weight_w: alpha of Eq. 19.
         loss_weight_m: beta of Eq. 19.
@@ -80,6 +90,8 @@ class MCIBIHead(nn.Module):
         dropout: float = 0.1,
         norm: str = "BN",
         memory_update: str = "cosine",
+        memory_slots: int = 1,
+        rcl_bn: str = "running",
         loss_weight: float = 1.0,
         loss_weight_w: float = 0.4,
         loss_weight_m: float = 1.0,
@@ -97,6 +109,8 @@ class MCIBIHead(nn.Module):
                 )
         if fusion not in FUSIONS:
             raise InputError(f"unknown fusion {fusion!r}; known: {', '.join(FUSIONS)}")
+        if rcl_bn not in RCL_BATCH_NORMS:
+            raise InputError(f"unknown rcl_bn {rcl_bn!r}; known: {', '.join(RCL_BATCH_NORMS)}")
         if class_weights and len(class_weights) != num_classes:
             raise InputError(
                 f"MODEL.SEM_SEG_HEAD.CLASS_WEIGHTS has {len(class_weights)} values, "
@@ -111,6 +125,8 @@ class MCIBIHead(nn.Module):
         self.aux_feature = aux_feature
         self.aux_loss_weight = aux_loss_weight
         self.ignore_value = ignore_value
+        self.rcl_bn = rcl_bn
+        self.memory_loss_active = True
         weights = torch.tensor(class_weights, dtype=torch.float32) if class_weights else None
         self.register_buffer("class_weights", weights, persistent=False)
 
@@ -122,8 +138,11 @@ class MCIBIHead(nn.Module):
         )
         if enabled:
             self.h1 = self._two_layer_head(channels, num_classes, dropout, make_norm)
-            self.memory = FeatureMemory(num_classes, channels, memory_update)
-            self.attention = Attention(channels, attention_dim, make_norm)
+            self.memory = FeatureMemory(num_classes, channels, memory_update, memory_slots)
+            if memory_slots == 1:
+                self.attention = Attention(channels, attention_dim, make_norm)
+            else:
+                self.attention = SlotAttention(memory_slots, channels, attention_dim, make_norm)
             self.fuse = FUSIONS[fusion](channels, fuse_kernel, make_norm)
             self.h2 = self._two_layer_head(channels, num_classes, dropout, make_norm)
         else:
@@ -166,6 +185,8 @@ class MCIBIHead(nn.Module):
             "dropout": head.DROPOUT,
             "norm": resolve_norm(head.NORM, cfg.MODEL.DEVICE),
             "memory_update": mcibi.MEMORY.UPDATE,
+            "memory_slots": mcibi.MEMORY.SLOTS,
+            "rcl_bn": mcibi.RCL_BN,
             "loss_weight": head.LOSS_WEIGHT,
             "loss_weight_w": mcibi.LOSS_WEIGHT_W,
             "loss_weight_m": mcibi.LOSS_WEIGHT_M,
@@ -208,7 +229,8 @@ class MCIBIHead(nn.Module):
         if self.enabled:
             losses["loss_w"] = self.loss_weight_w * self._pixel_loss(coarse, targets)
             if self.memory.update != "zero":
-                losses["loss_m"] = self.loss_weight_m * self._memory_loss()
+                weight = self.loss_weight_m if self.memory_loss_active else 0.0
+                losses["loss_m"] = weight * self._memory_loss()
             # Without gradients it is no training step: a pass for batch-norm statistics, say.
             if torch.is_grad_enabled():
                 self.memory.observe(pixels.detach(), targets, self.ignore_value)
@@ -231,20 +253,43 @@ class MCIBIHead(nn.Module):
         return total / share.clamp_min(torch.finfo(total.dtype).tiny)
 
     def _memory_loss(self) -> Tensor:
-        """Cross-entropy of H2 on the memory's rows, over the initialised ones (Eq. 15, 17).
-
-        Batch norms use their running statistics: the rows are no pixels, and K of them would
-        count as much as a whole batch in the statistics.
-        """
-        rows = self.memory.rows[:, :, None, None]
+        """Cross-entropy of H2 on the memory's rows, over the initialised ones (Eq. 15, 17)."""
+        known = self.memory.initialized
+        logits = self.memory.rows[:, :, None, None]
         for layer in self.h2:
             if isinstance(layer, nn.modules.batchnorm._BatchNorm):
-                # Copies, because the next forward pass changes them in place before backward.
-                mean, var = layer.running_mean.clone(), layer.running_var.clone()
-                rows = F.batch_norm(rows, mean, var, layer.weight, layer.bias, eps=layer.eps)
+                logits = self._normalize_rows(layer, logits.flatten(1))[:, :, None, None]
             else:
-                rows = layer(rows)
-        classes = torch.arange(self.num_classes, device=rows.device)
-        losses = F.cross_entropy(rows.float().flatten(1), classes, reduction="none")
-        known = self.memory.initialized
+                logits = layer(logits)
+        losses = F.cross_entropy(logits.float().flatten(1), self.memory.classes, reduction="none")
         return (losses * known).sum() / known.sum().clamp_min(1)
+
+    def _normalize_rows(self, norm: nn.modules.batchnorm._BatchNorm, rows: Tensor) -> Tensor:
+        """A batch norm on what has become of the rows (n, C), see ``rcl_bn``."""
+        # Copies, because the next forward pass changes them in place before backward.
+        mean, var = norm.running_mean.clone(), norm.running_var.clone()
+        if self.rcl_bn == "batch" and self.memory_loss_active:
+            # All processes have the same rows, so nothing is to be synchronised.
+            rows = rows.float()
+            known = self.memory.initialized[:, None]
+            count = known.sum()
+            enough = count > 1
+            own_mean = (rows * known).sum(dim=0) / count.clamp_min(1)
+            own_var = ((rows - own_mean).square() * known).sum(dim=0) / count.clamp_min(1)
+            with torch.no_grad():
+                rate = norm.momentum * enough
+                unbiased = own_var * count / (count - 1).clamp_min(1)
+                norm.running_mean += rate * (own_mean - mean)
+                norm.running_var += rate * (unbiased - var)
+            mean, var = torch.where(enough, own_mean, mean), torch.where(enough, own_var, var)
+        return (rows - mean) * (var + norm.eps).rsqrt() * norm.weight + norm.bias
+
+    @torch.no_grad()
+    def rows_accuracy(self) -> Tensor:
+        """The share of the initialised rows that H2 gives to their own class, a 0-d tensor."""
+        training = self.h2.training
+        answers = self.h2.eval()(self.memory.rows[:, :, None, None]).flatten(1).argmax(dim=1)
+        self.h2.train(training)
+        known = self.memory.initialized
+        right = (answers == self.memory.classes) & known
+        return right.sum() / known.sum().clamp_min(1)

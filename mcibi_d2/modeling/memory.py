@@ -109,14 +109,12 @@ class FeatureMemory(nn.Module):
             C'_bi, (N, C, h, w). With S slots (N, S * C, h, w): one such map per slot, each from
             the rows of that slot alone.
         """
-        gathered = []
-        for slot in range(self.slots):
-            known = self.initialized[slot :: self.slots].to(probabilities.dtype)[:, None, None]
-            weights = probabilities * known
-            smallest = torch.finfo(weights.dtype).tiny
-            weights = weights / weights.sum(dim=1, keepdim=True).clamp_min(smallest)
-            gathered.append(self.rows[slot :: self.slots].t().to(weights.dtype) @ weights.flatten(2))
-        return torch.cat(gathered, dim=1).unflatten(2, probabilities.shape[-2:])
+        step = self.slots
+        gathered = [
+            _gather(self.rows[slot::step], self.initialized[slot::step], probabilities)
+            for slot in range(step)
+        ]
+        return gathered[0] if step == 1 else torch.cat(gathered, dim=1)
 
     @torch.no_grad()
     def observe(self, features: Tensor, labels: Tensor, ignore_value: int = 255) -> None:
@@ -240,6 +238,15 @@ class FeatureMemory(nn.Module):
         if self.update == "zero":
             self.rows.zero_()
             self.initialized.zero_()
+
+
+def _gather(rows: Tensor, initialized: Tensor, probabilities: Tensor) -> Tensor:
+    """Eq. 12 over the initialised ones of K rows (K, C): (N, K, h, w) -> (N, C, h, w)."""
+    weights = probabilities * initialized.to(probabilities.dtype)[:, None, None]
+    total = weights.sum(dim=1, keepdim=True)
+    weights = weights / total.clamp_min(torch.finfo(weights.dtype).tiny)
+    gathered = rows.t().to(weights.dtype) @ weights.flatten(2)
+    return gathered.unflatten(2, probabilities.shape[-2:])
 
 
 def _unit_rows(rows: Tensor) -> Tensor:

@@ -40,6 +40,7 @@ class Case:
     present: int
 
     def __str__(self) -> str:
+        """The sizes, as the tables show them."""
         (h, w), (height, width) = self.grid, self.size
         return f"{self.batch} x {self.channels} x {h} x {w} -> {height} x {width}"
 
