@@ -48,6 +48,40 @@ def step(rows, initialized, features, labels, num_classes, momentum, cosine=True
     return torch.where(seen[:, None], moved, rows), initialized | seen
 
 
+def step_slots(rows, initialized, features, labels, momentum, cosine=True):
+    """Eq. 6-10 with several rows per class: (K, S, C), (K, S).
+
+    A class with an empty slot fills it by the mean of its pixels; else each pixel moves the slot
+    that is most similar to it.
+    """
+    pixels = up(features, labels.shape[-2:]).permute(0, 2, 3, 1).reshape(-1, features.shape[1])
+    labels = labels.reshape(-1)
+    new_rows, new_initialized = rows.clone(), initialized.clone()
+    for k in range(len(rows)):
+        of_class = pixels[labels == k]
+        if len(of_class) == 0:
+            continue
+        if not initialized[k].all():
+            first = initialized[k].tolist().index(False)
+            new_rows[k, first] = of_class.mean(dim=0)
+            new_initialized[k, first] = True
+            continue
+        choice = torch.stack([F.cosine_similarity(of_class, row[None]) for row in rows[k]]).argmax(
+            0
+        )
+        for slot in range(rows.shape[1]):
+            own = of_class[choice == slot]
+            if len(own) == 0:
+                continue
+            own_labels = torch.zeros(1, len(own), 1, dtype=torch.long)
+            own_map = own.t()[None, :, :, None]
+            new_rows[k, slot] = step(
+                rows[k, slot : slot + 1], torch.tensor([True]), own_map, own_labels, 1, momentum,
+                cosine,
+            )[0][0]  # fmt: skip
+    return new_rows, new_initialized
+
+
 def attention(query, key, value):
     """Eq. 13 and the product of Eq. 14, for (N, D, h, w) maps."""
     query, key, value = (x.flatten(2).transpose(1, 2) for x in (query, key, value))

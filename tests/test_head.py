@@ -1,7 +1,12 @@
+import copy
+
+import processes
 import pytest
 import torch
 import torch.nn.functional as F
 from detectron2.layers import ShapeSpec
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 from mcibi_d2 import InputError
 from mcibi_d2.modeling import MCIBIHead
@@ -25,12 +30,14 @@ def make_input(batch=2, grid=(9, 13), size=(65, 97), classes=5):
 
 
 @pytest.mark.parametrize("filled", [True, False], ids=["memory filled", "memory empty"])
-@pytest.mark.parametrize("update", ["cosine", "mean", "zero"])
-@pytest.mark.parametrize("fusion", ["concat", "add", "weighted_add"])
-def test_every_parameter_is_in_the_graph(filled, update, fusion):
-    head = make_head(memory_update=update, fusion=fusion)
+@pytest.mark.parametrize("update", ["cosine", "mean", "zero", "random", "learned"])
+@pytest.mark.parametrize(
+    "fusion, slots", [("concat", 1), ("concat", 3), ("add", 1), ("weighted_add", 1)]
+)
+def test_every_parameter_is_in_the_graph(filled, update, fusion, slots):
+    head = make_head(memory_update=update, fusion=fusion, memory_slots=slots)
     if filled:
-        head.memory.initialize(torch.randn(5, 16), torch.ones(5, dtype=torch.bool))
+        head.memory.initialize(torch.randn(5 * slots, 16), torch.ones(5 * slots, dtype=torch.bool))
     _, losses = head(*make_input())
     expected = {"loss_o", "loss_w", "loss_m", "loss_aux"} - (
         {"loss_m"} if update == "zero" else set()
@@ -100,12 +107,141 @@ def test_memory_loss_leaves_the_statistics_and_the_rows_alone():
     assert torch.equal(head.h2[1].running_mean, mean)
 
 
-def test_two_forward_passes_before_one_backward():
-    head = make_head()
+@pytest.mark.parametrize("slots", [1, 2])
+def test_memory_loss_with_batch_statistics_is_a_training_pass_of_the_initialised_rows(slots):
+    head = make_head(dropout=0.0, rcl_bn="batch", memory_slots=slots)
+    rows = torch.randn(5 * slots, 16)
+    known = torch.tensor([1, 0, 1, 1, 0] * slots).bool()
+    head.memory.initialize(rows, known)
+    plain = copy.deepcopy(head.h2)
+    classes = torch.arange(5).repeat_interleave(slots)
+    expected = F.cross_entropy(plain(rows[known][:, :, None, None]).flatten(1), classes[known])
+    expected.backward()
+    loss = head._memory_loss()
+    loss.backward()
+    torch.testing.assert_close(loss, expected)
+    for ours, its in zip(head.h2.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, its.grad, atol=1e-5, rtol=1e-5)
+    for name in ("running_mean", "running_var"):
+        torch.testing.assert_close(getattr(head.h2[1], name), getattr(plain[1], name))
+
+
+@pytest.mark.parametrize("known", [0, 1])
+@pytest.mark.parametrize("classes", [1, 5])
+def test_batch_statistics_of_less_than_two_rows_are_the_running_ones(known, classes):
+    head = make_head(num_classes=classes, dropout=0.0, rcl_bn="batch")
+    running = copy.deepcopy(head)
+    running.rcl_bn = "running"
+    for h in (head, running):
+        generator = torch.Generator().manual_seed(0)
+        h.memory.initialize(
+            torch.randn(classes, 16, generator=generator), torch.arange(classes) < known
+        )
+    loss = head._memory_loss()
+    torch.testing.assert_close(loss, running._memory_loss())
+    assert torch.equal(head.h2[1].running_var, torch.ones(16))
+
+
+def test_inactive_memory_loss_is_zero_and_changes_no_statistics():
+    head = make_head(rcl_bn="batch")
+    head.memory.initialize(torch.randn(5, 16), torch.ones(5, dtype=torch.bool))
+    head.memory_loss_active = False
+    mean = head.h2[1].running_mean.clone()
+    head._memory_loss()
+    assert torch.equal(head.h2[1].running_mean, mean)
+    _, losses = head(*make_input())
+    assert losses["loss_m"] == 0
+    sum(losses.values()).backward()
+    assert [name for name, p in head.named_parameters() if p.grad is None] == []
+
+
+@pytest.mark.parametrize("norm", ["BN", "LN", ""])
+def test_accuracy_of_the_rows(norm):
+    head = make_head(norm=norm, memory_slots=2).train()
+    rows = torch.randn(10, 16)
+    known = torch.tensor([1, 1, 0, 1, 1, 1, 1, 0, 1, 1]).bool()
+    head.memory.initialize(rows, known)
+    accuracy = head.rows_accuracy()
+    assert head.h2.training
+    answers = head.h2.eval()(rows[:, :, None, None]).flatten(1).argmax(dim=1).tolist()
+    right = [answers[row] == row // 2 for row in known.nonzero().flatten().tolist()]
+    assert accuracy.item() == pytest.approx(sum(right) / 8)
+
+
+@pytest.mark.parametrize("changes", [{}, {"rcl_bn": "batch"}, {"memory_update": "learned"}])
+def test_two_forward_passes_before_one_backward(changes):
+    head = make_head(**changes)
     head.memory.initialize(torch.randn(5, 16), torch.ones(5, dtype=torch.bool))
     total = sum(sum(head(*make_input())[1].values()) for _ in range(2))
     total.backward()
     assert all(p.grad.isfinite().all() for p in head.parameters())
+
+
+@pytest.mark.parametrize("rcl_bn", ["running", "batch"])
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointed_forward_gives_the_same_gradients_and_memory(reentrant, rcl_bn):
+    head = make_head(dropout=0.0, rcl_bn=rcl_bn)
+    head.memory.initialize(torch.randn(5, 16), torch.tensor([1, 1, 1, 0, 1]).bool())
+    other = copy.deepcopy(head)
+    features, targets = make_input()
+    features = {name: value.requires_grad_() for name, value in features.items()}
+    sum(head(features, targets)[1].values()).backward()
+
+    def forward(res4, res5):
+        return sum(other({"res4": res4, "res5": res5}, targets)[1].values())
+
+    checkpoint(forward, *features.values(), use_reentrant=reentrant).backward()
+    for h in (head, other):
+        h.memory.commit(0.5)
+    # The same pixels once more, seen when the pass is repeated, do not change an average.
+    torch.testing.assert_close(head.memory.rows, other.memory.rows)
+    for ours, its in zip(head.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, its.grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_mixed_precision_gives_the_memory_of_float32(dtype):
+    head = make_head(dropout=0.0)
+    head.memory.initialize(torch.rand(5, 16), torch.tensor([1, 1, 1, 0, 1]).bool())
+    other = copy.deepcopy(head)
+    features, targets = make_input()
+    head(features, targets)
+    with torch.autocast("cpu", dtype=dtype):
+        other(features, targets)
+    assert other.memory._sums.dtype == torch.float32
+    for h in (head, other):
+        h.memory.commit(0.5)
+    assert other.memory.rows.dtype == torch.float32
+    difference = (other.memory.rows - head.memory.rows).norm(dim=1)
+    assert (difference <= 1e-2 * head.memory.rows.norm(dim=1)).all()
+
+
+def _data_parallel(rank, world_size, folder, changes):
+    torch.manual_seed(0)
+    head = make_head(dropout=0.0, **changes)
+    model = DistributedDataParallel(head, broadcast_buffers=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    torch.manual_seed(rank)
+    for _ in range(3):
+        optimizer.zero_grad()
+        # Two forward passes before each backward.
+        total = sum(sum(model(*make_input())[1].values()) for _ in range(2))
+        total.backward()
+        optimizer.step()
+        head.memory.commit(0.5)
+    torch.save((head.memory.state_dict(), dict(head.named_parameters())), f"{folder}/{rank}.pth")
+
+
+@pytest.mark.parametrize(
+    "changes", [{"rcl_bn": "batch", "memory_slots": 2}, {"memory_update": "learned"}]
+)
+def test_data_parallel_with_two_forward_passes(tmp_path, changes):
+    processes.run(_data_parallel, 2, tmp_path, changes)
+    one, two = (torch.load(tmp_path / f"{rank}.pth") for rank in range(2))
+    for a, b in zip(one, two, strict=True):
+        for name, value in a.items():
+            assert torch.equal(value, b[name]), name
+    assert one[0]["initialized"].all()
 
 
 def test_batch_without_valid_pixels_has_losses_of_zero():
@@ -130,10 +266,15 @@ def test_norm_may_be_absent_and_weights_integers():
     assert all(loss.isfinite() for loss in losses.values())
 
 
-def test_one_class_and_one_image():
-    head = make_head(num_classes=1)
-    _, losses = head(*make_input(batch=1, classes=1))
-    assert all(loss.isfinite() for loss in losses.values())
+@pytest.mark.parametrize("rcl_bn", ["running", "batch"])
+def test_one_class_and_one_image(rcl_bn):
+    head = make_head(num_classes=1, rcl_bn=rcl_bn)
+    for _ in range(2):  # with the memory empty, then filled
+        _, losses = head(*make_input(batch=1, classes=1))
+        sum(losses.values()).backward()
+        assert all(loss.isfinite() for loss in losses.values())
+        head.memory.commit(0.9)
+    assert head.memory.initialized.all()
 
 
 @pytest.mark.parametrize(
@@ -142,6 +283,7 @@ def test_one_class_and_one_image():
         ({"in_feature": "res9"}, "'res9'.*res4, res5"),
         ({"aux_feature": "res9"}, "'res9'"),
         ({"fusion": "multiply"}, "concat, add, weighted_add"),
+        ({"rcl_bn": "frozen"}, "running, batch"),
         ({"class_weights": (1.0, 2.0)}, "has 2 values.*5 classes"),
     ],
 )

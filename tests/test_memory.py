@@ -1,13 +1,18 @@
+import contextlib
 import copy
 
 import literal
 import processes
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mcibi_d2.modeling import FeatureMemory
+from mcibi_d2.modeling import memory as memory_module
+from mcibi_d2.modeling.memory import interpolate_pixels
 
 SIZES = st.integers(1, 9)
 
@@ -35,9 +40,11 @@ def random_case(seed, batch, classes, channels, grid, size, dtype=torch.float64)
     momentum=st.floats(0, 1),
     update=st.sampled_from(["cosine", "mean"]),
     precision=st.sampled_from([(torch.float64, 1e-9), (torch.float32, 1e-4)]),
+    # An accelerator takes all classes, where the CPU takes those that occur.
+    on_host=st.booleans(),
 )
 def test_update_equals_the_equations(
-    seed, batch, classes, channels, grid, size, momentum, update, precision
+    seed, batch, classes, channels, grid, size, momentum, update, precision, on_host
 ):
     dtype, tolerance = precision
     memory, features, labels = random_case(seed, batch, classes, channels, grid, size)
@@ -47,12 +54,155 @@ def test_update_equals_the_equations(
         update == "cosine",
     )  # fmt: skip
     memory.to(dtype)
-    memory.observe(features.to(dtype), labels)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(memory_module, "_on_host", lambda tensor: on_host)
+        memory.observe(features.to(dtype), labels)
     memory.commit(momentum)
     assert torch.equal(memory.initialized, initialized)
     # One channel leaves only +-1 for the cosine, where Eq. 10 is 0/0 up to rounding: there the
     # plain mean of parallel pixels is the answer in both, but for the bound that tells them apart.
     torch.testing.assert_close(memory.rows.double(), rows, atol=tolerance, rtol=tolerance)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    classes=st.integers(1, 4),
+    slots=st.integers(2, 4),
+    channels=st.integers(2, 6),
+    grid=st.tuples(SIZES, SIZES),
+    size=st.tuples(st.integers(1, 15), st.integers(1, 15)),
+    update=st.sampled_from(["cosine", "mean"]),
+    on_host=st.booleans(),
+)
+def test_update_with_slots_equals_the_equations(
+    seed, classes, slots, channels, grid, size, update, on_host
+):
+    _, features, labels = random_case(seed, 2, classes, channels, grid, size)
+    memory = FeatureMemory(classes, channels, update, slots).double()
+    rows = torch.randn(classes, slots, channels, dtype=torch.float64)
+    # Of each class the first few slots are filled.
+    known = torch.rand(classes, slots) < 0.8
+    known = known.cumprod(dim=1).bool()
+    memory.initialize(rows.flatten(0, 1), known.flatten())
+    rows = memory.rows.view_as(rows)
+    expected, initialized = literal.step_slots(
+        rows.clone(), known, features, labels, 0.4, update == "cosine"
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(memory_module, "_on_host", lambda tensor: on_host)
+        memory.observe(features, labels)
+    memory.commit(0.4)
+    assert torch.equal(memory.initialized, initialized.flatten())
+    torch.testing.assert_close(memory.rows, expected.flatten(0, 1), atol=1e-9, rtol=1e-9)
+
+
+def test_empty_slots_are_filled_one_per_commit():
+    memory = FeatureMemory(2, 3, slots=3)
+    labels = torch.zeros(1, 4, 4, dtype=torch.long)
+    for filled in (1, 2, 3, 3):
+        features = torch.rand(1, 3, 4, 4)
+        memory.observe(features, labels)
+        memory.commit(0.5)
+        assert memory.initialized.view(2, 3).sum(dim=1).tolist() == [filled, 0]
+        if filled == 1:
+            torch.testing.assert_close(memory.rows[0], features.mean(dim=(0, 2, 3)))
+
+
+def test_a_slot_without_pixels_keeps_its_row():
+    memory = FeatureMemory(1, 2, slots=2)
+    memory.initialize(torch.eye(2), torch.ones(2, dtype=torch.bool))
+    features = torch.tensor([2.0, 1.0]).view(1, 2, 1, 1).expand(1, 2, 2, 2)
+    for _ in range(5):
+        memory.observe(features, torch.zeros(1, 2, 2, dtype=torch.long))
+        memory.commit(0.9)
+    assert torch.equal(memory.rows[1], torch.tensor([0.0, 1.0]))
+    torch.testing.assert_close(memory.rows[0], torch.tensor([2.0, 1.0]), atol=1e-3, rtol=0)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10**6), st.integers(1, 5), st.integers(2, 4), st.integers(1, 5))
+def test_read_with_slots_is_one_map_per_slot(seed, classes, slots, channels):
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randn(classes, slots, channels, generator=generator)
+    known = torch.rand(classes, slots, generator=generator) < 0.6
+    memory = FeatureMemory(classes, channels, slots=slots)
+    memory.initialize(rows.flatten(0, 1), known.flatten())
+    probabilities = torch.rand(2, classes, 3, 2, generator=generator).softmax(dim=1)
+    contexts = memory.read(probabilities).chunk(slots, dim=1)
+    for slot, context in enumerate(contexts):
+        single = FeatureMemory(classes, channels)
+        single.initialize(rows[:, slot], known[:, slot])
+        torch.testing.assert_close(context, single.read(probabilities))
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10**6), st.tuples(SIZES, SIZES), st.integers(1, 20), st.integers(1, 20))
+def test_single_pixels_are_those_of_the_upsampled_map(seed, grid, height, width):
+    features = torch.randn(3, *grid, generator=torch.Generator().manual_seed(seed))
+    every = torch.arange(height * width)
+    expected = literal.up(features[None], (height, width))[0].flatten(1).t()
+    pixels = interpolate_pixels(features, (height, width), every)
+    torch.testing.assert_close(pixels, expected, atol=1e-5, rtol=1e-5)
+
+
+class _Largest(TorchDispatchMode):
+    """Remembers the largest number of elements that an operation gives."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else [result]:
+            if torch.is_tensor(tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return result
+
+
+@pytest.mark.parametrize("update, slots", [("cosine", 1), ("mean", 1), ("cosine", 2)])
+def test_nothing_of_the_upsampled_size_is_made(update, slots):
+    memory = FeatureMemory(5, 64, update, slots)
+    features, labels = torch.randn(2, 64, 16, 16), torch.randint(0, 5, (2, 128, 128))
+    with _Largest() as largest:
+        memory.observe(features, labels)
+        memory.commit(0.5)
+    # The features themselves, or one number per pixel and operation.
+    assert largest.elements <= max(features.numel(), 4 * 128 * 128) < 64 * 128 * 128 / 8
+
+
+@pytest.mark.parametrize("slots", [1, 3])
+@pytest.mark.parametrize("update", ["cosine", "mean", "learned"])
+def test_nothing_asks_the_device_for_a_value(update, slots, monkeypatch):
+    # Tensors on "meta" have no values: whatever needs one fails. There is no autocast for them.
+    monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: contextlib.nullcontext())
+    memory = FeatureMemory(5, 8, update, slots).to("meta")
+    features, labels = torch.randn(2, 8, 4, 4), torch.randint(0, 5, (2, 16, 16))
+    memory.observe(features.to("meta"), labels.to("meta"))
+    memory.commit(0.5)
+    memory.read(torch.rand(2, 5, 4, 4, device="meta"))
+    memory.health()
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10**6), st.integers(1, 5), st.integers(1, 3))
+def test_health_is_what_it_says(seed, classes, slots):
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randn(classes, slots, 4, generator=generator)
+    known = torch.rand(classes, slots, generator=generator) < 0.6
+    memory = FeatureMemory(classes, 4, slots=slots)
+    memory.initialize(rows.flatten(0, 1), known.flatten())
+    health = {name: value.item() for name, value in memory.health().items()}
+    assert health["initialized"] == pytest.approx(known.float().mean().item())
+    norms = rows[known].norm(dim=1)
+    assert health["row_norm"] == pytest.approx(norms.mean().item() if len(norms) else 0.0)
+    cosines = [
+        F.cosine_similarity(rows[a, s], rows[b, t], dim=0).item()
+        for a, s in known.nonzero().tolist()
+        for b, t in known.nonzero().tolist()
+        if a != b
+    ]
+    expected = sum(cosines) / max(len(cosines), 1)
+    assert health["cosine"] == pytest.approx(expected, abs=1e-5)
 
 
 @settings(max_examples=30, deadline=None)
@@ -153,10 +303,33 @@ def test_a_value_that_is_not_finite_never_reaches_the_rows(bad):
     memory.observe(features, labels)
     memory.commit(0.5)
     assert memory.rows.isfinite().all()
+    assert memory.rejected.tolist() == [True, False, False]
     assert torch.equal(memory.rows[0], before[0])
+    # The other classes do not notice.
+    other = copy.deepcopy(memory)
+    other.rows.copy_(before)
+    other.observe(features.nan_to_num(0, 0, 0), labels)
+    other.commit(0.5)
+    torch.testing.assert_close(memory.rows[1:], other.rows[1:])
+    assert not torch.equal(memory.rows[1], before[1])
     memory.observe(features.nan_to_num(0, 0, 0), labels)
     memory.commit(0.5)
+    assert not memory.rejected.any()
     assert not torch.equal(memory.rows[0], before[0])
+
+
+def test_a_value_that_is_not_finite_where_labels_are_ignored_does_nothing():
+    memory, features, _ = random_case(5, 1, 3, 4, (4, 4), (8, 8), torch.float32)
+    labels = torch.full((1, 8, 8), 255)
+    labels[0, 4:] = 1
+    clean = copy.deepcopy(memory)
+    clean.observe(features, labels)
+    features[0, 2, 0, 0] = float("nan")
+    memory.observe(features, labels)
+    for m in (memory, clean):
+        m.commit(0.5)
+    assert not memory.rejected.any()
+    torch.testing.assert_close(memory.rows, clean.rows)
 
 
 def test_zero_memory_stays_zero():
@@ -167,11 +340,44 @@ def test_zero_memory_stays_zero():
     assert not memory.rows.any() and not memory.initialized.any()
 
 
-def test_low_precision_features_are_summed_in_float32():
+def test_random_rows_are_frozen():
+    memory = FeatureMemory(3, 8, update="random", slots=2)
+    assert memory.initialized.all() and not memory.rows.requires_grad
+    assert (memory.rows >= 0).all() and memory.rows.any(dim=1).all()
+    before = memory.rows.clone()
+    memory.observe(torch.randn(1, 8, 4, 4), torch.zeros(1, 8, 8, dtype=torch.long))
+    memory.commit(0.9)
+    memory.initialize(torch.ones(6, 8), torch.ones(6, dtype=torch.bool))
+    assert torch.equal(memory.rows, before)
+    torch.manual_seed(0)
+    again = FeatureMemory(3, 8, update="random", slots=2)
+    again.load_state_dict(memory.state_dict())
+    assert torch.equal(again.rows, before)
+
+
+def test_learned_rows_are_initialised_by_pixels_and_moved_by_gradients_alone():
+    memory = FeatureMemory(3, 4, update="learned")
+    assert [name for name, _ in memory.named_parameters()] == ["rows"]
+    features, labels = torch.rand(1, 4, 4, 4), torch.zeros(1, 4, 4, dtype=torch.long)
+    labels[0, :2] = 1
+    memory.observe(features, labels)
+    memory.commit(0.9)
+    assert memory.initialized.tolist() == [True, True, False]
+    torch.testing.assert_close(memory.rows[1], features[0, :, :2].mean(dim=(1, 2)))
+    before = memory.rows.detach().clone()
+    memory.observe(torch.rand(1, 4, 4, 4), labels)
+    memory.commit(0.9)
+    assert torch.equal(memory.rows, before)
+    memory.read(torch.rand(1, 3, 2, 2).softmax(dim=1)).sum().backward()
+    assert memory.rows.grad[:2].ne(0).all() and memory.rows.grad[2].eq(0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_features_are_summed_in_float32(dtype):
     memory, features, labels = random_case(6, 2, 3, 16, (8, 8), (64, 64), torch.float32)
     other = copy.deepcopy(memory)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        memory.observe(features.bfloat16(), labels)
+    with torch.autocast("cpu", dtype=dtype):
+        memory.observe(features.to(dtype), labels)
     other.observe(features, labels)
     for m in (memory, other):
         m.commit(0.5)
@@ -184,7 +390,9 @@ def test_state_dict_holds_rows_and_flags_alone():
 
 
 @pytest.mark.parametrize(
-    "arguments", [(0, 4), (4, 0), (4, 4, "median")], ids=["no class", "no channel", "update"]
+    "arguments",
+    [(0, 4), (4, 0), (4, 4, "median"), (4, 4, "cosine", 0)],
+    ids=["no class", "no channel", "update", "no slot"],
 )
 def test_wrong_arguments_are_refused(arguments):
     with pytest.raises(ValueError, match="FeatureMemory"):
@@ -199,33 +407,36 @@ def test_wrong_shapes_are_refused():
         memory.observe(torch.randn(1, 4, 2, 2), torch.zeros(2, 4, 4, dtype=torch.long))
 
 
-def _uneven_parts(rank, world_size, folder, batches):
-    """Process r takes every image whose number leaves rest r; class 0 is on process 0 alone."""
-    memory = FeatureMemory(6, 5)
+def _uneven_parts(rank, world_size, folder, batches, slots):
+    """Each process has some of the images, or none; class 0 is on one process alone."""
+    memory = FeatureMemory(6, 5, slots=slots)
     for features, labels, owner in batches:
-        mine = [n for n in range(len(features)) if owner[n] % world_size == rank]
-        for n in mine:
-            memory.observe(features[n : n + 1], labels[n : n + 1])
+        for n in range(len(features)):
+            if owner[n] % world_size == rank:
+                memory.observe(features[n : n + 1], labels[n : n + 1])
         memory.commit(0.4)
     torch.save(memory.state_dict(), f"{folder}/{world_size}-{rank}.pth")
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_processes_make_one_memory(tmp_path, world_size):
+@pytest.mark.parametrize("world_size, slots", [(2, 1), (3, 1), (4, 1), (3, 2)])
+def test_processes_make_one_memory(tmp_path, world_size, slots):
     generator = torch.Generator().manual_seed(0)
     batches = []
-    for _ in range(10):
+    for step in range(20):
         features = torch.randn(8, 5, 4, 4, generator=generator)
         labels = torch.randint(1, 8, (8, 15, 13), generator=generator)
         labels[labels >= 6] = 255
-        labels[0, :5] = 0
+        labels[0, :5] = 0  # in one image only
+        labels[labels == 5] = 4
+        if step == 7:
+            labels[2, 3:6] = 5  # seen once, by one process
         labels[3] = 255
-        batches.append((features, labels, [0, 1, 1, 2, 0, 0, 0, 1]))
-    alone = FeatureMemory(6, 5)
+        batches.append((features, labels, [0, 1, 1, 2, 0, 0, 0, 3]))
+    alone = FeatureMemory(6, 5, slots=slots)
     for features, labels, _ in batches:
         alone.observe(features, labels)
         alone.commit(0.4)
-    processes.run(_uneven_parts, world_size, tmp_path, batches)
+    processes.run(_uneven_parts, world_size, tmp_path, batches, slots)
     for rank in range(world_size):
         state = torch.load(tmp_path / f"{world_size}-{rank}.pth")
         torch.testing.assert_close(state["rows"], alone.rows, atol=1e-5, rtol=1e-5)

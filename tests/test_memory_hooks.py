@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 
 from mcibi_d2.engine import MemoryInitHook, MemoryUpdateHook, Trainer, memory_init
 from mcibi_d2.engine.memory_hooks import poly_momentum
-from mcibi_d2.engine.memory_init import draw_random_pixels
 from mcibi_d2.modeling import MCIBIHead
 
 

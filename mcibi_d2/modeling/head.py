@@ -266,8 +266,7 @@ class MCIBIHead(nn.Module):
 
     def _normalize_rows(self, norm: nn.modules.batchnorm._BatchNorm, rows: Tensor) -> Tensor:
         """A batch norm on what has become of the rows (n, C), see ``rcl_bn``."""
-        # Copies, because the next forward pass changes them in place before backward.
-        mean, var = norm.running_mean.clone(), norm.running_var.clone()
+        mean, var = norm.running_mean, norm.running_var
         if self.rcl_bn == "batch" and self.memory_loss_active:
             # All processes have the same rows, so nothing is to be synchronised.
             rows = rows.float()
@@ -276,11 +275,12 @@ class MCIBIHead(nn.Module):
             enough = count > 1
             own_mean = (rows * known).sum(dim=0) / count.clamp_min(1)
             own_var = ((rows - own_mean).square() * known).sum(dim=0) / count.clamp_min(1)
-            with torch.no_grad():
-                rate = norm.momentum * enough
-                unbiased = own_var * count / (count - 1).clamp_min(1)
-                norm.running_mean += rate * (own_mean - mean)
-                norm.running_var += rate * (unbiased - var)
+            rate = norm.momentum * enough
+            unbiased = own_var.detach() * count / (count - 1).clamp_min(1)
+            # By .data, as batch norm itself does it: unseen by the backward pass, which does not
+            # need the running statistics of a layer in training.
+            mean.data.add_(rate * (own_mean.detach() - mean))
+            var.data.add_(rate * (unbiased - var))
             mean, var = torch.where(enough, own_mean, mean), torch.where(enough, own_var, var)
         return (rows - mean) * (var + norm.eps).rsqrt() * norm.weight + norm.bias
 

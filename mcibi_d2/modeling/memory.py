@@ -294,8 +294,8 @@ def _add_class_sums(
     index = torch.where(known, labels, num_classes)
     # Work with the classes that occur. Finding them needs the host, which costs nothing on the
     # CPU; on an accelerator it would stall the queue, and all K classes are taken instead.
-    on_cpu = index.device.type == "cpu"
-    if on_cpu:
+    on_host = _on_host(index)
+    if on_host:
         present = index.flatten().bincount(minlength=num_classes + 1)[:num_classes].nonzero()[:, 0]
         position = index.new_full((num_classes + 1,), len(present))
         position[present] = torch.arange(len(present))
@@ -357,7 +357,7 @@ def _add_class_sums(
     totals[0, :bins] = spread.sum(dim=1)
     # A point that is not finite has spoilt the norms of the classes it belongs to. It must not
     # reach the others as 0 x nan.
-    if not (on_cpu and flat.sum().isfinite()):
+    if not (on_host and flat.sum().isfinite()):
         flat = flat.nan_to_num(0, 0, 0)
     sums.index_add_(0, present, torch.cat([spread @ flat.t(), totals[:, :bins].t()], dim=1))
 
@@ -381,6 +381,11 @@ def interpolate_pixels(features: Tensor, size: tuple[int, int], pixels: Tensor) 
     upper = features[:, top, left] * (1 - right) + features[:, top, left + 1] * right
     lower = features[:, top + 1, left] * (1 - right) + features[:, top + 1, left + 1] * right
     return (upper * (1 - down) + lower * down).t()
+
+
+def _on_host(tensor: Tensor) -> bool:
+    """Whether a value can be asked for without stalling a device's queue."""
+    return tensor.device.type == "cpu"
 
 
 def _two_by_two(features: Tensor) -> Tensor:
