@@ -182,6 +182,11 @@ def test_two_forward_passes_before_one_backward(changes):
 def test_checkpointed_forward_gives_the_same_gradients_and_memory(reentrant, rcl_bn):
     head = make_head(dropout=0.0, rcl_bn=rcl_bn)
     head.memory.initialize(torch.randn(5, 16), torch.tensor([1, 1, 1, 0, 1]).bool())
+    # A checkpointed batch norm updates its running statistics twice, in any network; here they
+    # stand still, so that the passes can be compared.
+    for layer in head.modules():
+        if isinstance(layer, torch.nn.BatchNorm2d):
+            layer.momentum = 0.0
     other = copy.deepcopy(head)
     features, targets = make_input()
     features = {name: value.requires_grad_() for name, value in features.items()}

@@ -1,21 +1,21 @@
 import copy
+import json
 import math
 from types import SimpleNamespace
 
 import processes
 import pytest
 import torch
-import torch.nn.functional as F
 from conftest import make_tiny_cfg
 from detectron2.engine import hooks
-from detectron2.layers import ShapeSpec
-from detectron2.structures import ImageList
+from detectron2.utils.events import EventStorage
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mcibi_d2.engine import MemoryInitHook, MemoryUpdateHook, Trainer, memory_init
+from mcibi_d2 import InputError
+from mcibi_d2.engine import MemoryInitHook, MemoryUpdateHook, Trainer
 from mcibi_d2.engine.memory_hooks import poly_momentum
-from mcibi_d2.modeling import MCIBIHead
+from mcibi_d2.modeling import FeatureMemory
 
 
 @given(st.integers(0, 1000), st.floats(0.01, 1.0), st.floats(0.1, 2.0))
@@ -54,155 +54,162 @@ def test_memory_moves_once_per_step_by_what_the_step_observed(tmp_path, monkeypa
     assert memory.initialized.sum() > 8 and memory.rows.isfinite().all()
 
 
-# --- the initial pixels
-
-
-class TinyModel(torch.nn.Module):
-    """A segmentor whose projected features are the image itself."""
-
-    def __init__(self, classes, divisibility=0):
-        super().__init__()
-        shape = {"res5": ShapeSpec(channels=3, stride=1)}
-        self.head = MCIBIHead(
-            shape, in_feature="res5", num_classes=classes, channels=3, attention_dim=2
-        )
-        self.head.project = torch.nn.Identity()
-        self.backbone = torch.nn.Module()
-        self.backbone.size_divisibility = divisibility
-
-    def forward(self, batch):
-        images = ImageList.from_tensors(
-            [x["image"] for x in batch], self.backbone.size_divisibility
-        )
-        return self.head({"res5": images.tensor})
-
-    @property
-    def memory(self):
-        return self.head.memory
-
-
-def draw(model, batches, seed, max_images, init="random_pixel", pixels=100):
-    """What the hook does before training."""
-    hook = MemoryInitHook(init, seed, max_images, pixels)
-    hook.trainer = SimpleNamespace(start_iter=0, model=model, data_loader=batches)
-    hook.before_train()
-
-
-def stream(count, size=(4, 5), classes=3, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    samples = []
-    for position in range(count):
-        labels = torch.randint(0, classes + 1, size, generator=generator)
-        labels[labels == classes] = 255
-        image = torch.rand(3, *size, generator=generator)
-        samples.append({"image": image, "sem_seg": labels, "position": position})
-    return samples
-
-
-def batched(samples, size):
-    return [samples[i : i + size] for i in range(0, len(samples), size)]
-
-
-def test_rows_are_pixels_of_their_class():
-    samples = stream(3, size=(9, 7))
-    for sample in samples:  # features smaller than the labels
-        sample["image"] = torch.rand(3, 4, 3)
-    model = TinyModel(3)
-    draw(model, batched(samples, 1), seed=0, max_images=100)
-    for k, row in enumerate(model.memory.rows):
-        pixels = []
-        for x in samples:
-            up = F.interpolate(x["image"][None], (9, 7), mode="bilinear", align_corners=False)[0]
-            pixels.append(up[:, x["sem_seg"] == k].t())
-        assert (torch.cat(pixels) - row).abs().sum(dim=1).min() < 1e-6
-
-
-def test_draw_is_uniform_over_the_pixels_of_all_images():
-    # Class 0 has 2 pixels in the first image and 4 in the second; class 1 comes last, so that
-    # both are seen.
-    first, second = torch.full((2, 3), 255), torch.full((2, 3), 255)
-    first[0, :2], second[:, 1:], second[0, 0] = 0, 0, 1
-    images = torch.arange(12.0).view(2, 1, 2, 3).expand(2, 3, 2, 3)
-    draws = 1500
-    counts = torch.zeros(12)
-    for seed in range(draws):
-        model = TinyModel(2)
-        samples = [
-            {"image": image, "sem_seg": labels, "position": p}
-            for p, (image, labels) in enumerate(zip(images, (first, second), strict=True))
-        ]
-        draw(model, batched(samples, 1), seed, max_images=100)
-        counts[int(model.memory.rows[0, 0])] += 1
-    taken = counts[counts > 0]
-    assert len(taken) == 6
-    chi_square = ((taken - draws / 6) ** 2 / (draws / 6)).sum()
-    assert chi_square < 20.5  # 5 degrees of freedom, p = 0.001
-
-
-def test_classes_not_found_stay_uninitialised_and_the_limit_holds():
-    samples = stream(5)
-    for sample in samples:
-        sample["sem_seg"][sample["sem_seg"] == 2] = 255
-    used = []
-
-    def loader():
-        for batch in batched(samples, 1):
-            used.append(len(batch))
-            yield batch
-
-    model = TinyModel(3)
-    draw(model, loader(), seed=0, max_images=4)
-    assert model.memory.initialized.tolist() == [True, True, False]
-    assert sum(used) == 4
-
-
-def _draw(rank, world_size, folder):
-    model = TinyModel(12)
-    mine = [x for x in stream(12, classes=12) if x["position"] % world_size == rank]
-    draw(model, batched(mine, 6 // world_size), seed=3, max_images=12)
-    torch.save(model.memory.state_dict(), f"{folder}/{world_size}-{rank}.pth")
-
-
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_draw_is_the_same_on_every_number_of_processes(tmp_path, world_size):
-    alone = TinyModel(12)
-    draw(alone, batched(stream(12, classes=12), 6), seed=3, max_images=12)
-    processes.run(_draw, world_size, tmp_path)
-    for rank in range(world_size):
-        state = torch.load(tmp_path / f"{world_size}-{rank}.pth")
-        torch.testing.assert_close(state["rows"], alone.memory.rows)
-
-
-def test_memory_is_initialised_before_training_and_not_again(tmp_path, monkeypatch):
-    calls = []
-    original = memory_init.draw_random_pixels
-    monkeypatch.setattr(
-        memory_init, "draw_random_pixels", lambda *args: (calls.append(1), original(*args))[1]
-    )
-    cfg = make_tiny_cfg(tmp_path / "output", "SOLVER.CHECKPOINT_PERIOD", "2")
-    Trainer(cfg).train()
-    assert calls == [1]
-    cfg.SOLVER.MAX_ITER = 6
+@pytest.mark.parametrize("schedule", ["poly", "constant", "lr"])
+def test_momentum_schedules(tmp_path, monkeypatch, schedule):
+    cfg = make_tiny_cfg(
+        tmp_path,
+        "MODEL.MCIBI.MEMORY.MOMENTUM_SCHEDULE", schedule,
+        "MODEL.MCIBI.MEMORY.MOMENTUM", "0.8",
+        "SOLVER.HEAD_LR_FACTOR", "10.0",
+        "SOLVER.WARMUP_ITERS", "2",
+        "SOLVER.WARMUP_FACTOR", "0.5",
+    )  # fmt: skip
     trainer = Trainer(cfg)
-    trainer.resume_or_load(resume=True)
+    memory = trainer.model.sem_seg_head.memory
+    seen, expected = [], []
+    step, commit = trainer.run_step, memory.commit
+
+    def run_step():
+        t, lr = trainer.iter, trainer.optimizer.param_groups[-1]["lr"]  # of this very step
+        rule = {
+            "poly": poly_momentum(t, 4, 0.8, 0.9),
+            "constant": 0.8,
+            "lr": 0.8 * lr / (cfg.SOLVER.BASE_LR * 10),
+        }
+        expected.append(rule[schedule])
+        step()
+
+    trainer.run_step = run_step
+    monkeypatch.setattr(memory, "commit", lambda m: (seen.append(m), commit(m)))
     trainer.train()
-    assert calls == [1]
+    assert seen == pytest.approx(expected)
+    if schedule == "lr":
+        assert seen[0] == pytest.approx(0.4)
 
 
-def test_first_batch_mean_has_no_initial_pass():
-    model = TinyModel(3)
-    draw(model, batched(stream(3), 1), seed=0, max_images=100, init="first_batch_mean")
-    assert not model.memory.initialized.any()
+def test_unknown_schedule_is_refused():
+    with pytest.raises(InputError, match="'cubic'.*poly, constant, lr"):
+        MemoryUpdateHook(schedule="cubic")
 
 
-@pytest.mark.parametrize("divisibility", [0, 32])
-def test_padding_of_a_batch_is_never_drawn(divisibility):
-    small = {"image": torch.ones(3, 5, 5), "sem_seg": torch.zeros(5, 5).long(), "position": 0}
-    large = {"image": torch.ones(3, 9, 9), "sem_seg": torch.ones(9, 9).long(), "position": 1}
-    for seed in range(10):
-        model = TinyModel(2, divisibility)
-        draw(model, [[small, large]], seed, max_images=10)
-        assert torch.equal(model.memory.rows, torch.ones(2, 3))
+def test_memory_loss_starts_at_its_iteration(tmp_path):
+    trainer = Trainer(make_tiny_cfg(tmp_path, "MODEL.MCIBI.LOSS_START_M", "2"))
+    losses = []
+    head = trainer.model.sem_seg_head
+    head.register_forward_hook(
+        lambda *args: losses.append(args[-1][1]["loss_m"].item()) if head.training else None
+    )
+    trainer.train()
+    assert [loss > 0 for loss in losses] == [False, False, True, True]
+
+
+def test_health_is_logged_when_a_period_is_over(tmp_path):
+    cfg = make_tiny_cfg(tmp_path, "SOLVER.CHECKPOINT_PERIOD", "2")
+    trainer = Trainer(cfg)
+    looked = []
+    memory = trainer.model.sem_seg_head.memory
+    health = memory.health
+    memory.health = lambda: (looked.append(trainer.iter), health())[1]
+    trainer.train()
+    assert looked == [1, 3]
+    lines = [json.loads(line) for line in (tmp_path / "metrics.json").read_text().splitlines()]
+    last = {key: value for line in lines for key, value in line.items()}
+    expected = health()
+    expected["h2_accuracy"] = trainer.model.sem_seg_head.rows_accuracy()
+    expected["momentum"] = torch.tensor(poly_momentum(3, 4, 0.9, 0.9))
+    for name, value in expected.items():
+        assert last[f"memory/{name}"] == pytest.approx(value.item(), abs=1e-5)
+    assert last["memory/initialized"] > 0.5 and last["memory/row_norm"] > 0
+    assert 0 <= last["memory/h2_accuracy"] <= 1 and -1 <= last["memory/cosine"] <= 1
+
+
+def test_controls_log_what_they_have(tmp_path):
+    for update, expected in (
+        ("zero", set()),
+        ("random", {"initialized", "row_norm", "cosine", "h2_accuracy"}),
+    ):
+        folder = tmp_path / update
+        Trainer(make_tiny_cfg(folder, "MODEL.MCIBI.MEMORY.UPDATE", update)).train()
+        lines = [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
+        names = {key.removeprefix("memory/") for line in lines for key in line if "memory/" in key}
+        assert names == expected
+
+
+def _make_trainer(memory):
+    model = torch.nn.Module()
+    model.memory = memory
+    return SimpleNamespace(model=model, iter=0, max_iter=100, optimizer=None)
+
+
+def test_a_feature_that_is_not_finite_names_class_and_iteration_at_the_next_period():
+    memory = FeatureMemory(4, 3)
+    hook = MemoryUpdateHook(periods=(5,), class_names=["sky", "road", "tree", "car"])
+    hook.trainer = _make_trainer(memory)
+    hook.before_train()
+    rows = []
+    with EventStorage():
+        for iteration in range(5):
+            hook.trainer.iter = iteration
+            hook.before_step()
+            features = torch.rand(1, 3, 4, 4)
+            labels = torch.tensor([0, 2, 255, 3]).view(1, 4, 1).expand(1, 4, 4)
+            if iteration == 2:
+                features[0, 1, 3, 3] = float("inf")  # a car
+            if iteration == 3:
+                features[0, 0, 0, 0] = float("nan")
+            memory.observe(features, labels)
+            if iteration == 4:
+                with pytest.raises(InputError) as error:
+                    hook.after_step()
+            else:
+                hook.after_step()
+            rows.append(memory.rows.clone())
+    assert str(error.value).startswith(
+        "the features of class 3 (car) were not finite at iteration 2"
+    )
+    assert torch.equal(rows[2][3], rows[1][3]) and not torch.equal(rows[2][0], rows[1][0])
+    assert memory.rows.isfinite().all()
+
+
+def _not_finite_on_one(rank, world_size, folder):
+    memory = FeatureMemory(3, 3)
+    hook = MemoryUpdateHook(periods=(1,))
+    hook.trainer = _make_trainer(memory)
+    hook.before_train()
+    features = torch.rand(1, 3, 4, 4)
+    if rank == 1:
+        features[:] = float("nan")
+    memory.observe(features, torch.full((1, 4, 4), rank))
+    with EventStorage(), pytest.raises(InputError, match="class 1 were not finite at iteration 0"):
+        hook.after_step()
+    assert memory.initialized.tolist() == [True, False, False]
+
+
+def test_every_process_stops_when_one_has_a_feature_that_is_not_finite(tmp_path):
+    processes.run(_not_finite_on_one, 2, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "stop, options",
+    [
+        (1, []),
+        (2, ["MODEL.MCIBI.MEMORY.MOMENTUM_SCHEDULE", "lr", "MODEL.MCIBI.MEMORY.SLOTS", "2"]),
+        (3, ["MODEL.MCIBI.MEMORY.UPDATE", "learned", "MODEL.MCIBI.LOSS_START_M", "3"]),
+        (4, ["MODEL.MCIBI.RCL_BN", "batch", "MODEL.MCIBI.MEMORY.INIT", "first_batch_mean"]),
+    ],
+)
+def test_resumed_after_any_iteration_the_memory_is_the_same(tmp_path, stop, options):
+    options = [*options, "SOLVER.MAX_ITER", "5", "SOLVER.CHECKPOINT_PERIOD", "1"]
+    torch.manual_seed(0)
+    Trainer(make_tiny_cfg(tmp_path, *options)).train()
+    whole = torch.load(tmp_path / "model_final.pth")["model"]
+    (tmp_path / "last_checkpoint").write_text(f"model_{stop - 1:07d}.pth")
+    trainer = Trainer(make_tiny_cfg(tmp_path, *options))
+    trainer.resume_or_load(resume=True)
+    assert trainer.start_iter == stop
+    trainer.train()
+    resumed = trainer.model.state_dict()
+    assert [name for name in whole if not torch.equal(whole[name], resumed[name])] == []
 
 
 def test_trains_in_detectron2s_own_segmentor(tmp_path):
