@@ -28,7 +28,8 @@ def add_mcibi_config(cfg: CN) -> None:
     cfg.MODEL.MCIBI.LOSS_START_M = 0
     # What H2's batch norm does with the memory rows in the memory loss (representation-consistent
     # learning): running uses its running statistics, which the rows do not change; batch uses those
-    # of the rows, which enter the running ones, as released.
+    # of the rows, which enter the running ones, as released. On CamVid (README.md, three seeds)
+    # running reached 57.25 +- 0.53 mIoU, batch 56.56 +- 1.17.
     cfg.MODEL.MCIBI.RCL_BN = "running"
 
     cfg.MODEL.MCIBI.MEMORY = CN()
