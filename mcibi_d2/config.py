@@ -39,7 +39,7 @@ def add_mcibi_config(cfg: CN) -> None:
     # first_batch_mean: the mean of a class's pixels in the first batch that has them (released).
     # file: INIT_FILE. Rows that are not found start as with first_batch_mean.
     cfg.MODEL.MCIBI.MEMORY.INIT = "random_pixel"
-    # random_pixel and clustering stop when they have all pixels, or after this many images.
+    # random_pixel and clustering stop when they have all pixels, or have seen this many images.
     cfg.MODEL.MCIBI.MEMORY.INIT_MAX_IMAGES = 2000
     # Pixels per class for clustering.
     cfg.MODEL.MCIBI.MEMORY.INIT_PIXELS = 100
@@ -50,7 +50,8 @@ def add_mcibi_config(cfg: CN) -> None:
     # from what the network's further layers do:
     # zero: the rows stay zero, and there is no memory loss.
     # random: random rows, drawn once and frozen; INIT is not used.
-    # learned: the rows are parameters, which INIT fills and the optimiser trains.
+    # learned: the rows are parameters, which INIT fills and the optimiser trains, with the head's
+    # learning rate and weight decay.
     cfg.MODEL.MCIBI.MEMORY.UPDATE = "cosine"
     # m_0 and p of Eq. 7.
     cfg.MODEL.MCIBI.MEMORY.MOMENTUM = 0.9

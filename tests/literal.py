@@ -29,7 +29,8 @@ def transform(rows, initialized, features, labels, num_classes, cosine=True):
         if cosine and initialized[k]:
             for i, pixel in enumerate(of_class):  # Eq. 9
                 lengths = pixel.norm() * rows[k].norm()
-                similarity = pixel @ rows[k] / lengths if lengths > 0 else 0.0
+                # Where grid points cancel, what is left of a pixel is rounding.
+                similarity = pixel @ rows[k] / lengths if lengths > 1e-12 else 0.0
                 weights[i] = 1 - similarity
         if weights.sum() <= 1e-12 * len(of_class):
             weights = torch.ones_like(weights)

@@ -1,6 +1,7 @@
 import copy
 import json
 import math
+import re
 from types import SimpleNamespace
 
 import processes
@@ -164,11 +165,32 @@ def test_a_feature_that_is_not_finite_names_class_and_iteration_at_the_next_peri
             else:
                 hook.after_step()
             rows.append(memory.rows.clone())
-    assert str(error.value).startswith(
-        "the features of class 3 (car) were not finite at iteration 2"
-    )
+    expected = "the features of class 3 (car) were not finite, or too large to be squared, at"
+    assert str(error.value).startswith(f"{expected} iteration 2, expected finite ones")
     assert torch.equal(rows[2][3], rows[1][3]) and not torch.equal(rows[2][0], rows[1][0])
     assert memory.rows.isfinite().all()
+
+
+def test_a_loss_that_is_not_finite_names_the_class_whose_features_were_not(tmp_path):
+    trainer = Trainer(make_tiny_cfg(tmp_path))
+    head = trainer.model.sem_seg_head
+
+    def spoil(module, args, output):
+        if trainer.iter == 1 and head.training:
+            output = output.clone()
+            output[0, 0, 0, 0] = float("nan")
+        return output
+
+    head.project.register_forward_hook(spoil)
+    pattern = r"became nan at iteration 1; the files of .*; the features of class \d+ \(\w+\)"
+    with pytest.raises(InputError, match=pattern) as error:
+        trainer.train()
+    assert "were not finite, or too large to be squared, at iteration 1; expected" in str(
+        error.value
+    )
+    # The pixels of that corner have one class or two, not all.
+    assert len(re.findall(r"\d+ \(\w+\)", str(error.value))) <= 3
+    assert head.memory.rows.isfinite().all()
 
 
 def _not_finite_on_one(rank, world_size, folder):
@@ -180,7 +202,10 @@ def _not_finite_on_one(rank, world_size, folder):
     if rank == 1:
         features[:] = float("nan")
     memory.observe(features, torch.full((1, 4, 4), rank))
-    with EventStorage(), pytest.raises(InputError, match="class 1 were not finite at iteration 0"):
+    with (
+        EventStorage(),
+        pytest.raises(InputError, match="class 1 were not finite, or .* at iteration 0"),
+    ):
         hook.after_step()
     assert memory.initialized.tolist() == [True, False, False]
 
@@ -220,10 +245,17 @@ def test_trains_in_detectron2s_own_segmentor(tmp_path):
 
 
 def test_precise_bn_leaves_the_memory_alone(tmp_path):
-    trainer = Trainer(make_tiny_cfg(tmp_path))
+    trainer = Trainer(make_tiny_cfg(tmp_path, "MODEL.MCIBI.RCL_BN", "batch"))
     batch = next(iter(trainer.data_loader))
+    head = trainer.model.sem_seg_head
+    head.memory.initialize(torch.rand(16, 16), torch.ones(16, dtype=torch.bool))
+    head.h2[1].momentum = 1.0
+    seen = []
+    head.h2[1].register_forward_hook(lambda _, args, out: seen.append(args[0]))
     with torch.no_grad():
         trainer.model(batch)
-    assert not trainer.model.sem_seg_head.memory._sums.any()
+    assert not head.memory._sums.any()
+    # The statistics are the pixels', not the rows'.
+    torch.testing.assert_close(head.h2[1].running_mean, seen[0].mean(dim=(0, 2, 3)))
     trainer.model(batch)
     assert trainer.model.sem_seg_head.memory._sums.any()

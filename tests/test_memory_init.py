@@ -223,6 +223,25 @@ def test_rows_from_a_file(tmp_path, kind):
     assert model.memory.initialized.tolist() == [True, True, False]
 
 
+def test_rows_of_a_file_win_over_those_of_the_weights(tmp_path):
+    rows = torch.rand(3, 3)
+    model = TinyModel(3)
+    model.memory.initialize(torch.rand(3, 3), torch.ones(3, dtype=torch.bool))
+    hook = MemoryInitHook("file", file=memory_file(tmp_path, "npy", rows))
+    hook.trainer = SimpleNamespace(start_iter=0, model=model)
+    hook.before_train()
+    assert torch.equal(model.memory.rows, rows)
+
+
+@pytest.mark.parametrize("init", ["random_pixel", "clustering"])
+def test_pixels_that_are_not_finite_stop_the_run(init):
+    samples = stream(3)
+    samples[0]["image"][:] = float("inf")
+    samples[0]["sem_seg"][:] = 1
+    with pytest.raises(InputError, match=r"features of classes \[1\] are not finite"):
+        draw(TinyModel(3), [samples], seed=0, max_images=3, init=init)
+
+
 def test_rows_by_class_and_slot_from_a_file(tmp_path):
     rows = torch.rand(4, 2, 5)
     np.save(tmp_path / "rows.npy", rows.numpy())
@@ -239,8 +258,23 @@ def test_rows_by_class_and_slot_from_a_file(tmp_path):
         (torch.full((3, 3), float("nan")), "rows \\[0, 1, 2\\] are not finite"),
         ({"model": {"weight": torch.rand(3)}}, "has 0 tensors called memory.rows"),
         ([1, 2], "list, expected rows of shape"),
+        ({"model": 5}, "has 0 tensors called memory.rows"),
+        ({"memory.rows": torch.rand(3, 3), "memory.initialized": torch.ones(2).bool()}, "3 bools"),
+        ({"memory.rows": torch.rand(3, 3), "memory.initialized": torch.ones(3)}, "3 bools"),
+        (torch.ones(3, 3, dtype=torch.long), "torch.int64, expected floating point"),
     ],
-    ids=["missing", "garbage", "shape", "nan", "no memory", "list"],
+    ids=[
+        "missing",
+        "garbage",
+        "shape",
+        "nan",
+        "no memory",
+        "list",
+        "no state",
+        "few flags",
+        "float flags",
+        "integers",
+    ],
 )
 def test_files_without_fitting_rows_are_refused(tmp_path, content, message):
     path = tmp_path / "rows.pth"
@@ -258,6 +292,23 @@ def test_a_memory_that_came_with_the_weights_is_kept():
     model.memory.initialize(rows, torch.tensor([True, True, False]))
     draw(model, batched(stream(3), 1), seed=0, max_images=100)
     assert model.memory.initialized.tolist() == [True, True, False]
+
+
+def test_random_rows_follow_the_seed_and_not_the_weights(tmp_path):
+    options = ["MODEL.MCIBI.MEMORY.UPDATE", "random"]
+    drawn = []
+    for seed in ("1", "2", "1"):
+        torch.manual_seed(len(drawn))
+        trainer = Trainer(make_tiny_cfg(tmp_path, *options, "SEED", seed))
+        memory = trainer.model.sem_seg_head.memory
+        memory.rows.fill_(3.0)  # as loaded
+        trainer.train()
+        drawn.append(memory.rows.clone())
+    assert torch.equal(drawn[0], drawn[2]) and not torch.equal(drawn[0], drawn[1])
+    resumed = Trainer(make_tiny_cfg(tmp_path, *options, "SEED", "2", "SOLVER.MAX_ITER", "5"))
+    resumed.resume_or_load(resume=True)
+    resumed.train()
+    assert torch.equal(resumed.model.sem_seg_head.memory.rows, drawn[2])
 
 
 @pytest.mark.parametrize("init", memory_init.INITS)

@@ -11,7 +11,7 @@ from torch import nn
 from ..errors import InputError
 from ..modeling import FeatureMemory, MCIBIHead
 from ..modeling.memory import MOVING
-from .train_step import is_due
+from .train_step import TrainStep, is_due
 
 
 def find_memories(model: nn.Module) -> list[FeatureMemory]:
@@ -89,6 +89,9 @@ class MemoryUpdateHook(HookBase):
             torch.full(memory.rejected.shape, -1, device=memory.rejected.device)
             for memory in self._memories
         ]
+        step = getattr(self.trainer, "_trainer", None)
+        if isinstance(step, TrainStep):
+            step.explain = self._explain
 
     def before_step(self) -> None:
         """Switch the memory loss on when its time has come."""
@@ -97,14 +100,29 @@ class MemoryUpdateHook(HookBase):
 
     def after_step(self) -> None:
         """Update the rows; look at them, if it is time."""
+        momentum = self._commit()
+        if is_due(self.trainer.iter + 1, self.trainer.max_iter, self.periods):
+            bad = self._describe_rejected(self.trainer.iter)
+            if bad:
+                raise InputError(
+                    f"{bad}, expected finite ones; the memory kept its rows (a lower "
+                    f"SOLVER.BASE_LR, a warm-up, SOLVER.AMP.PRECISION bfloat16?)"
+                )
+            if comm.is_main_process():
+                self._log(momentum)
+
+    def _commit(self) -> float:
         momentum = self._momentum()
         for memory, rejected in zip(self._memories, self._rejected, strict=True):
             memory.commit(momentum)
             rejected.masked_fill_(memory.rejected & (rejected < 0), self.trainer.iter)
-        if is_due(self.trainer.iter + 1, self.trainer.max_iter, self.periods):
-            self._check()
-            if comm.is_main_process():
-                self._log(momentum)
+        return momentum
+
+    def _explain(self, iteration: int) -> str:
+        """What the memory has to say of a loss that is not finite; ends the run's updates."""
+        self._commit()
+        bad = self._describe_rejected(iteration)
+        return f"; {bad}" if bad else ""
 
     def _momentum(self) -> float:
         if self.schedule == "constant":
@@ -115,26 +133,26 @@ class MemoryUpdateHook(HookBase):
             return self.momentum * group["lr"] / group.get("initial_lr", optimizer.defaults["lr"])
         return poly_momentum(self.trainer.iter, self.trainer.max_iter, self.momentum, self.power)
 
-    def _check(self) -> None:
-        """Stop, on all processes alike, if a feature was not finite."""
+    def _describe_rejected(self, until: int) -> str:
+        """The classes whose features were the first that were not finite, "" if none until then."""
         for memory, rejected in zip(self._memories, self._rejected, strict=True):
             bad = {
                 (iteration, row // memory.slots)
                 for row, iteration in enumerate(rejected.tolist())
-                if iteration >= 0
+                if 0 <= iteration <= until
             }
             if bad:
                 first = min(iteration for iteration, _ in bad)
-                classes = [k for iteration, k in sorted(bad) if iteration == first]
                 names = [
                     f"{k} ({self.class_names[k]})" if k < len(self.class_names) else str(k)
-                    for k in classes
+                    for iteration, k in sorted(bad)
+                    if iteration == first
                 ]
-                raise InputError(
-                    f"the features of class {', '.join(names)} were not finite at iteration "
-                    f"{first}, expected finite ones; the memory kept its rows (a lower "
-                    f"SOLVER.BASE_LR, a warm-up, SOLVER.AMP.PRECISION bfloat16?)"
+                return (
+                    f"the features of class {', '.join(names)} were not finite, or too large to "
+                    f"be squared, at iteration {first}"
                 )
+        return ""
 
     def _log(self, momentum: float) -> None:
         scalars = {}

@@ -34,14 +34,17 @@ class MemoryInitHook(HookBase):
     - ``file``: see :func:`read_rows`.
     - ``first_batch_mean``: nothing is done here.
 
+    A memory that is updated at ``random`` is drawn anew from the seed, whatever the choice; one
+    that is held at ``zero`` stays so.
+
     The draw is a function of the seed and of the images, not of the number of processes. Rows that
     were not found are initialised by the first batch that has their class. A run that is resumed,
-    or started from weights with a memory, keeps its rows.
+    or started from weights with a memory, keeps its rows (unless they are to come from a file).
 
     Args:
         init: one of the four.
         seed: of the draw and of the clustering.
-        max_images: at most this many images, of all processes together.
+        max_images: no further batch after this many images, of all processes together.
         pixels: per class, for ``clustering``.
         file: for ``file``.
     """
@@ -64,7 +67,7 @@ class MemoryInitHook(HookBase):
 
     def before_train(self) -> None:
         """Fill the memory of the trainer's model."""
-        if self.trainer.start_iter > 0 or self.init == "first_batch_mean":
+        if self.trainer.start_iter > 0:
             return
         model = self.trainer.model
         model = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
@@ -72,8 +75,12 @@ class MemoryInitHook(HookBase):
             if not isinstance(head, MCIBIHead) or not head.enabled:
                 continue
             memory = head.memory
-            if memory.update in ("zero", "random"):
+            if memory.update == "random":
+                memory.draw(self.seed)
+            if memory.update in ("zero", "random") or self.init == "first_batch_mean":
                 continue
+            if self.init == "file":
+                memory.initialized.zero_()
             if memory.initialized.any():
                 logging.getLogger(__name__).info("The memory came with the weights: kept.")
                 continue
@@ -89,6 +96,12 @@ class MemoryInitHook(HookBase):
             pixels, counts, images = draw_random_pixels(
                 model, head, self.trainer.data_loader, self.seed, self.max_images, wanted
             )
+            bad = (~pixels.isfinite()).flatten(1).any(dim=1).nonzero().flatten().tolist()
+            if bad:
+                raise InputError(
+                    f"the untrained network's features of classes {bad} are not finite, expected "
+                    f"finite ones to initialise the memory with (MODEL.WEIGHTS?)"
+                )
             if self.init == "random_pixel":
                 rows = pixels.flatten(0, 1)
                 found = torch.arange(wanted, device=rows.device) < counts[:, None]
@@ -151,7 +164,8 @@ def draw_random_pixels(
         ) as progress:
             for batch in data_loader:
                 projected.clear()
-                model(batch)
+                # Without the size of the whole images, to which the logits would be brought.
+                model([{"image": x["image"]} for x in batch])
                 # The features cover the padded images of the batch.
                 targets = ImageList.from_tensors(
                     [x["sem_seg"].to(pixels.device) for x in batch],
@@ -313,19 +327,27 @@ def read_rows(path: str, memory: FeatureMemory) -> tuple[Tensor, Tensor]:
         raise InputError(
             f"{key}: cannot be read as .npy or .pth ({type(error).__name__}: {reason[:120]})"
         ) from error
+    expected = tuple(memory.rows.shape)
     found = None
     if isinstance(loaded, dict):
-        state = loaded.get("model", loaded)
+        state = loaded["model"] if isinstance(loaded.get("model"), dict) else loaded
         names = [name for name in state if f".{name}".endswith(".memory.rows")]
         if len(names) != 1:
             raise InputError(f"{key}: has {len(names)} tensors called memory.rows, expected one")
         loaded = state[names[0]]
         found = state.get(names[0].removesuffix("rows") + "initialized")
-    expected = tuple(memory.rows.shape)
+        if found is not None and not (
+            torch.is_tensor(found) and found.dtype == torch.bool and found.shape == expected[:1]
+        ):
+            raise InputError(
+                f"{key}: its memory.initialized does not fit, expected {expected[0]} bools"
+            )
     by_class = (memory.num_classes, memory.slots, memory.channels)
     if not torch.is_tensor(loaded) or tuple(loaded.shape) not in (expected, by_class):
         shape = tuple(loaded.shape) if torch.is_tensor(loaded) else type(loaded).__name__
         raise InputError(f"{key}: {shape}, expected rows of shape {expected} or {by_class}")
+    if not loaded.is_floating_point():
+        raise InputError(f"{key}: numbers of type {loaded.dtype}, expected floating point")
     rows = loaded.reshape(expected).float()
     if not rows.isfinite().all():
         bad = (~rows.isfinite()).any(dim=1).nonzero().flatten().tolist()

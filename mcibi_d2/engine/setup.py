@@ -157,7 +157,15 @@ def check_config(
             f"SOLVER.IMS_PER_BATCH is {cfg.SOLVER.IMS_PER_BATCH}, expected a multiple of the "
             f"{reference} processes"
         )
+    for key in ("LOSS_WEIGHT_W", "LOSS_WEIGHT_M", "LOSS_START_M"):
+        if cfg.MODEL.MCIBI[key] < 0:
+            raise InputError(f"MODEL.MCIBI.{key} is {cfg.MODEL.MCIBI[key]}, expected at least 0")
     _check_memory(cfg.MODEL.MCIBI.MEMORY, train and cfg.MODEL.MCIBI.ENABLED)
+    if cfg.MODEL.MCIBI.MEMORY.MOMENTUM_SCHEDULE == "lr" and not cfg.SOLVER.BASE_LR > 0:
+        raise InputError(
+            f"SOLVER.BASE_LR is {cfg.SOLVER.BASE_LR}, expected more than 0 for "
+            f"MODEL.MCIBI.MEMORY.MOMENTUM_SCHEDULE lr"
+        )
     _check_data(cfg, train)
     _check_output(cfg.OUTPUT_DIR)
 
@@ -169,6 +177,8 @@ def _check_memory(memory: CfgNode, train: bool) -> None:
             raise InputError(f"MODEL.MCIBI.MEMORY.{key} is {memory[key]}, expected at least 1")
     if not 0 <= memory.MOMENTUM <= 1:
         raise InputError(f"MODEL.MCIBI.MEMORY.MOMENTUM is {memory.MOMENTUM}, expected 0..1")
+    if memory.POWER < 0:
+        raise InputError(f"MODEL.MCIBI.MEMORY.POWER is {memory.POWER}, expected at least 0")
     if train and memory.INIT == "file" and not PathManager.isfile(memory.INIT_FILE):
         raise InputError(
             f"MODEL.MCIBI.MEMORY.INIT_FILE: {memory.INIT_FILE or 'empty'}: no such file, expected "

@@ -1,7 +1,7 @@
 """One training step, on any device and in any precision, without waiting for the device."""
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import torch
@@ -66,6 +66,9 @@ class TrainStep(SimpleTrainer):
         self._device = next(model.parameters()).device.type
         self._precision = PRECISIONS[precision] if precision else None
         self._scaler = torch.amp.GradScaler(self._device, enabled=precision == "float16")
+        # Called on all processes with the iteration of a loss that is not finite, for what else is
+        # known about it. A hook may put something here.
+        self.explain: Callable[[int], str] = lambda iteration: ""
         self._names: list[str] = []
         self._pending: list[tuple[int, list[str], torch.Tensor]] = []
 
@@ -116,8 +119,8 @@ class TrainStep(SimpleTrainer):
             iteration, name, value, names = bad
             raise InputError(
                 f"{name} became {value} at iteration {iteration}; the files of that batch are "
-                f"{', '.join(names)}; expected a finite loss (a lower SOLVER.BASE_LR, a warm-up, "
-                f"SOLVER.AMP.PRECISION bfloat16?)"
+                f"{', '.join(names)}{self.explain(iteration)}; expected a finite loss (a lower "
+                f"SOLVER.BASE_LR, a warm-up, SOLVER.AMP.PRECISION bfloat16?)"
             )
         if comm.is_main_process():
             storage = get_event_storage()

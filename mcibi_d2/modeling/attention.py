@@ -42,8 +42,9 @@ class Attention(nn.Module):
     def forward(self, pixels: Tensor, context: Tensor) -> Tensor:
         """Refine ``context`` (N, C, h, w) by ``pixels`` (N, C, h, w); returns (N, C, h, w)."""
         query, key, value = (
-            # One head: (N, 1, hw, attention_dim). The scale is 1 / sqrt(attention_dim).
-            projected.flatten(2).transpose(1, 2)[:, None]
+            # One head: (N, 1, hw, attention_dim). The scale is 1 / sqrt(attention_dim). torch's
+            # kernels that do not store P want the channels last in memory.
+            projected.flatten(2).transpose(1, 2)[:, None].contiguous()
             for projected in (self.query(pixels), self.key(context), self.value(context))
         )
         refined = F.scaled_dot_product_attention(query, key, value)[:, 0].transpose(1, 2)

@@ -275,12 +275,13 @@ class MCIBIHead(nn.Module):
             enough = count > 1
             own_mean = (rows * known).sum(dim=0) / count.clamp_min(1)
             own_var = ((rows - own_mean).square() * known).sum(dim=0) / count.clamp_min(1)
-            rate = norm.momentum * enough
-            unbiased = own_var.detach() * count / (count - 1).clamp_min(1)
-            # By .data, as batch norm itself does it: unseen by the backward pass, which does not
-            # need the running statistics of a layer in training.
-            mean.data.add_(rate * (own_mean.detach() - mean))
-            var.data.add_(rate * (unbiased - var))
+            if torch.is_grad_enabled():  # else it is a pass for the statistics of the pixels
+                rate = norm.momentum * enough
+                unbiased = own_var.detach() * count / (count - 1).clamp_min(1)
+                # By .data, as batch norm itself does it: unseen by the backward pass, which does
+                # not need the running statistics of a layer in training.
+                mean.data.add_(rate * (own_mean.detach() - mean))
+                var.data.add_(rate * (unbiased - var))
             mean, var = torch.where(enough, own_mean, mean), torch.where(enough, own_var, var)
         return (rows - mean) * (var + norm.eps).rsqrt() * norm.weight + norm.bias
 

@@ -38,9 +38,9 @@ class FeatureMemory(nn.Module):
             - ``"cosine"``: Eq. 9-10, each pixel weighted by one minus its cosine similarity to the
               row. ``"mean"``: all pixels alike (Table 2, without "Cosine").
             - Controls, which keep the network and take away what the paper's memory is.
-              ``"zero"``: rows stay zero. ``"random"``: rows are drawn once, as the positive part
-              of a normal distribution (what a ReLU gives), and frozen. ``"learned"``: rows are
-              parameters, which ``commit`` initialises and the optimiser trains.
+              ``"zero"``: rows stay zero. ``"random"``: rows are frozen as :meth:`draw` gives them.
+              ``"learned"``: rows are parameters, which ``commit`` initialises and the optimiser
+              trains.
         slots: S, rows per class. A pixel belongs to its class's most similar slot; a slot without
             pixels keeps its row. Empty slots are filled one per commit, each by the mean of the
             class's pixels.
@@ -50,10 +50,12 @@ class FeatureMemory(nn.Module):
     - a row that was not initialised takes the plain mean of the first pixels that are committed;
     - where the weights of Eq. 10 vanish (every pixel parallel to the row), they are 0/0: the plain
       mean is used instead;
-    - the cosine with a zero vector (pixel or row) counts as 0, so such a pixel has weight 1;
+    - the cosine with a zero vector (pixel or row) counts as 0, so such a pixel has weight 1; so
+      does a pixel between grid points that cancel each other to what rounding leaves;
     - a class without pixels in the batch keeps its row;
-    - a class with a pixel that is not finite (or whose square overflows) keeps its row, and
-      ``rejected`` says so until the next ``commit``; other classes are not touched by it.
+    - a class keeps its row if one of its pixels lies between grid points of which one is not
+      finite (or too large to be squared), and ``rejected`` says so until the next ``commit``;
+      other classes are not touched by it.
     """
 
     def __init__(self, num_classes: int, channels: int, update: str = "cosine", slots: int = 1):
@@ -72,18 +74,19 @@ class FeatureMemory(nn.Module):
         self.update = update
         self.slots = slots
         count = num_classes * slots
+        rows = torch.zeros(count, channels)
         if update == "learned":
-            self.rows = nn.Parameter(torch.zeros(count, channels))
+            self.rows = nn.Parameter(rows)
         else:
-            random = update == "random"
-            start = torch.randn(count, channels).relu() if random else torch.zeros(count, channels)
-            self.register_buffer("rows", start)
-        self.register_buffer("initialized", torch.full((count,), update == "random"))
+            self.register_buffer("rows", rows)
+        self.register_buffer("initialized", torch.zeros(count, dtype=torch.bool))
         # Sums over the pixels observed since the last commit, one row per row: C columns of the
         # weighted features, then their weights, their number and their norms.
         self.register_buffer("_sums", torch.zeros(count, channels + 3), persistent=False)
         # (K * S,) bool: rows that the last commit left alone because a pixel was not finite.
         self.register_buffer("rejected", torch.zeros(count, dtype=torch.bool), persistent=False)
+        if update == "random":
+            self.draw(0)
 
     def extra_repr(self) -> str:
         """Describe the module in ``print(model)``."""
@@ -109,12 +112,12 @@ class FeatureMemory(nn.Module):
             C'_bi, (N, C, h, w). With S slots (N, S * C, h, w): one such map per slot, each from
             the rows of that slot alone.
         """
-        step = self.slots
+        slots = self.slots
         gathered = [
-            _gather(self.rows[slot::step], self.initialized[slot::step], probabilities)
-            for slot in range(step)
+            _gather(self.rows[slot::slots], self.initialized[slot::slots], probabilities)
+            for slot in range(slots)
         ]
-        return gathered[0] if step == 1 else torch.cat(gathered, dim=1)
+        return gathered[0] if slots == 1 else torch.cat(gathered, dim=1)
 
     @torch.no_grad()
     def observe(self, features: Tensor, labels: Tensor, ignore_value: int = 255) -> None:
@@ -199,14 +202,26 @@ class FeatureMemory(nn.Module):
         """Set the rows in ``found`` that are not initialised yet.
 
         Args:
-            rows: like ``self.rows``.
+            rows: like ``self.rows``; those that are not finite are not taken.
             found: like ``self.initialized``, which of them to take.
         """
         if self.update == "zero":
             return
-        take = found & ~self.initialized
+        take = found & ~self.initialized & rows.isfinite().all(dim=1)
         self.rows.copy_(torch.where(take[:, None], rows.to(self.rows), self.rows))
         self.initialized.logical_or_(take)
+
+    @torch.no_grad()
+    def draw(self, seed: int) -> None:
+        """Set all rows to the positive part of normally distributed numbers, as a ReLU gives them.
+
+        Args:
+            seed: of the draw, which is the same on every process and device.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        rows = torch.randn(self.rows.shape, generator=generator, device="cpu").relu()
+        self.rows.copy_(rows)
+        self.initialized.fill_(True)
 
     @torch.no_grad()
     def health(self) -> dict[str, Tensor]:
@@ -309,7 +324,7 @@ def _add_class_sums(
     down, right = down[:, None], right[None, :]
     shifts = (0, 1, w, w + 1)  # upper left, upper right, lower left, lower right
     shares = ((1 - down) * (1 - right), (1 - down) * right, down * (1 - right), down * right)
-    norm = _squared_norms(features, top, down, left, right).clamp_min_(0).sqrt_()
+    norm = _squared_norms(features, top, down, left, right).sqrt_()
 
     def products(slot: int) -> Tensor:
         """Of each pixel with the given slot of its class, (H, W)."""
@@ -339,8 +354,9 @@ def _add_class_sums(
     bins = len(present)  # bin number `bins` takes the pixels that are left out
 
     if weighted:
-        cosine = dot / norm.clamp_min(torch.finfo(norm.dtype).tiny)
-        weight = (1 - cosine).clamp_min_(0)  # Eq. 10; never negative by rounding
+        # Eq. 10. Rounding must not take the cosine beyond what it can be.
+        cosine = torch.where(norm == 0, 0, dot / norm)
+        weight = 1 - cosine.clamp_(-1, 1)
     else:
         weight = torch.ones_like(norm)
 
@@ -350,16 +366,18 @@ def _add_class_sums(
         spread[shift:].index_add_(0, corner, (weight * share).flatten())
     spread = spread[: bins * h * w].view(bins, h * w)
 
-    totals = flat.new_zeros(3, bins + 1)
-    index = index.flatten()
-    totals[1].index_add_(0, index, torch.ones_like(norm).flatten())
-    totals[2].index_add_(0, index, norm.flatten())
-    totals[0, :bins] = spread.sum(dim=1)
+    def per_bin(values: Tensor) -> Tensor:
+        """Sums of (H, W) values; by grid cell first, or small numbers would be lost in large."""
+        cells = flat.new_zeros((bins + 1) * h * w).index_add_(0, corner, values.flatten())
+        return cells.view(bins + 1, h * w)[:bins].sum(dim=1)
+
+    totals = [spread.sum(dim=1), per_bin(torch.ones_like(norm)), per_bin(norm)]
     # A point that is not finite has spoilt the norms of the classes it belongs to. It must not
     # reach the others as 0 x nan.
     if not (on_host and flat.sum().isfinite()):
         flat = flat.nan_to_num(0, 0, 0)
-    sums.index_add_(0, present, torch.cat([spread @ flat.t(), totals[:, :bins].t()], dim=1))
+    totals = torch.stack(totals, dim=1)
+    sums.index_add_(0, present, torch.cat([spread @ flat.t(), totals], dim=1))
 
 
 def interpolate_pixels(features: Tensor, size: tuple[int, int], pixels: Tensor) -> Tensor:
@@ -412,6 +430,8 @@ def _squared_norms(
 ) -> Tensor:
     """|R_up|^2 (H, W) of the bilinearly interpolated features, from products of neighbours.
 
+    Exactly 0 where it is too small to be told from 0.
+
     Args:
         features: (C, h, w).
         top: (H,) upper row of each pixel's cell, ``down`` (H, 1) the share of the row below it.
@@ -437,8 +457,12 @@ def _squared_norms(
     same_row = along(own, across)
     two_rows = along(below, diagonals / 2)
     rest = 1 - down
-    return (
+    squared = (
         rest.square() * same_row[top]
         + 2 * rest * down * two_rows[top]
         + down.square() * same_row[top + 1]
     )
+    # The interpolated squares bound it. Where the points cancel, there is only rounding left.
+    bound = (1 - right) * own[:, left] + right * own[:, left + 1]
+    bound = rest * bound[top] + down * bound[top + 1]
+    return squared.masked_fill_(squared < 8 * torch.finfo(bound.dtype).eps * bound, 0)
