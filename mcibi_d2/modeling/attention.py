@@ -1,4 +1,4 @@
-"""The attention block that refines gathered context by the pixels (paper, Eq. 13-14)."""
+"""The attention blocks that refine gathered context by the pixels (paper, Eq. 13-14)."""
 
 import torch
 import torch.nn.functional as F
@@ -79,3 +79,73 @@ class SlotAttention(nn.Module):
         contexts = context.chunk(len(self.of_slot), dim=1)
         refined = [of(pixels, c) for of, c in zip(self.of_slot, contexts, strict=True)]
         return self.join(torch.cat(refined, dim=1))
+
+
+class RowAttention(nn.Module):
+    """Attention from every pixel to the memory's rows themselves, instead of to every position.
+
+    In place of Eq. 12-14: with query R and the memory M ::
+
+        P = softmax(g_q(R) g_k(M)^T / sqrt(attention_dim) + log W)      (hw x K)
+        C = g_o(P g_v(M))
+
+    where W is H1's class distribution (Eq. 11), left out with ``biased=False``. There are K keys
+    in place of hw, so it costs hw K instead of (hw)^2. g_q and g_o are those of
+    :class:`Attention`; g_k and g_v are linear maps of the rows brought to zero mean and unit
+    variance, because a batch norm over K rows would depend on which of them are initialised.
+
+    Args:
+        channels: channels of the pixels, of the rows and of the result (512).
+        attention_dim: channels of query, key and value.
+        norm: makes the norm layer for a number of channels.
+        biased: whether W is used.
+    """
+
+    def __init__(
+        self,
+        channels: int = 512,
+        attention_dim: int = 256,
+        norm: NormFactory = nn.BatchNorm2d,
+        biased: bool = True,
+    ):
+        super().__init__()
+        self.biased = biased
+        self.query = nn.Sequential(
+            conv_norm_relu(channels, attention_dim, 1, norm),
+            conv_norm_relu(attention_dim, attention_dim, 1, norm),
+        )
+        self.normalize = nn.LayerNorm(channels)
+        self.key = nn.Linear(channels, attention_dim)
+        self.value = nn.Linear(channels, attention_dim)
+        self.out = conv_norm_relu(attention_dim, channels, 1, norm)
+
+    def forward(
+        self, pixels: Tensor, rows: Tensor, initialized: Tensor, log_probabilities: Tensor
+    ) -> Tensor:
+        """Gather what the rows hold for each pixel.
+
+        Args:
+            pixels: R', (N, C, h, w).
+            rows: M, (K * S, C).
+            initialized: (K * S,) bool; other rows take no part. With none at all, what is
+                gathered is zero.
+            log_probabilities: log W for the class of each row, (N, K * S, h, w).
+
+        Returns:
+            (N, C, h, w).
+        """
+        rows = self.normalize(rows)
+        query = self.query(pixels).flatten(2).transpose(1, 2)[:, None].contiguous()
+        batch = len(pixels)
+        key, value = (f(rows).expand(batch, 1, -1, -1) for f in (self.key, self.value))
+        any_row = initialized.any()
+        bias = torch.zeros_like(initialized, dtype=query.dtype)
+        bias = bias.masked_fill(~initialized & any_row, -torch.inf)[None, None, None]
+        if self.biased:
+            bias = bias + log_probabilities.flatten(2).transpose(1, 2)[:, None].to(query.dtype)
+        gathered = F.scaled_dot_product_attention(
+            query, key.to(query.dtype), value.to(query.dtype), attn_mask=bias
+        )
+        gathered = gathered * any_row
+        gathered = gathered[:, 0].transpose(1, 2).reshape(batch, -1, *pixels.shape[-2:])
+        return self.out(gathered)

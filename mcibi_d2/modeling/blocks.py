@@ -6,18 +6,96 @@ from functools import cache
 
 import torch
 import torch.distributed as dist
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 NormFactory = Callable[[int], nn.Module]
 
 
 def conv_norm_relu(
-    in_channels: int, out_channels: int, kernel_size: int, norm: NormFactory = nn.BatchNorm2d
+    in_channels: int,
+    out_channels: int,
+    kernel_size: int,
+    norm: NormFactory = nn.BatchNorm2d,
+    dilation: int = 1,
 ) -> nn.Sequential:
     """Convolution of stride 1 that keeps the size, norm, ReLU (no bias before the norm)."""
-    conv = nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=False)
+    conv = nn.Conv2d(
+        in_channels,
+        out_channels,
+        kernel_size,
+        padding=dilation * (kernel_size // 2),
+        dilation=dilation,
+        bias=False,
+    )
     nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
     return nn.Sequential(conv, norm(out_channels), nn.ReLU(inplace=True))
+
+
+def apply_to_pooled(block: nn.Sequential, pooled: Tensor) -> Tensor:
+    """Apply a :func:`conv_norm_relu` to a map that may have one value per channel only.
+
+    One image pooled to 1x1 has no variance, so torch's batch norm refuses it in training. Such a
+    map is normalised with the running statistics, which stay as they are; every other map, and
+    every other norm, goes through the block as usual. What counts is the whole batch that the
+    norm sees: with a norm that is synchronised over several processes, one image per process is
+    a batch like any other.
+
+    Args:
+        block: the layers.
+        pooled: (N, C, s, s).
+
+    Returns:
+        (N, C', s, s).
+    """
+    for layer in block:
+        if _sees_one_value(layer, pooled):
+            # Copies, because a further forward pass may change them before the backward pass.
+            mean, var = layer.running_mean.clone(), layer.running_var.clone()
+            pooled = F.batch_norm(pooled, mean, var, layer.weight, layer.bias, eps=layer.eps)
+        else:
+            pooled = layer(pooled)
+    return pooled
+
+
+def _sees_one_value(layer: nn.Module, maps: Tensor) -> bool:
+    """Whether ``layer`` is a batch norm that would take the variance of a single value."""
+    if not (isinstance(layer, _BatchNorm) and layer.training):
+        return False
+    if maps.numel() != maps.shape[1]:
+        return False
+    # A batch norm with a forward of its own gathers values from the other processes. It must then
+    # be called on all of them, whatever the size of this one's share.
+    alone = type(layer).forward is _BatchNorm.forward
+    if not alone and dist.is_available() and dist.is_initialized():
+        return dist.get_world_size(getattr(layer, "process_group", None)) == 1
+    return True
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, scale: float | None = None) -> Tensor:
+    """Attention between positions that are given channels first, without storing its matrix.
+
+    The result at position i is ``sum_j softmax_j(scale * query_i . key_j) value_j``.
+
+    Args:
+        query: (N, D, P).
+        key: (N, D, Q).
+        value: (N, V, Q).
+        scale: of the products; 1 / sqrt(D) if None.
+
+    Returns:
+        (N, V, P).
+    """
+    heads, depth = 1, query.shape[1]
+    if value.shape[1] > depth and value.shape[1] % depth == 0:
+        # torch's kernels that never store the P x Q matrix want values as deep as the keys. So
+        # deep values are cut into heads, which all have the same queries and keys.
+        heads = value.shape[1] // depth
+    query, key = (x.transpose(1, 2)[:, None].expand(-1, heads, -1, -1) for x in (query, key))
+    value = value.unflatten(1, (heads, -1)).transpose(2, 3)
+    attended = F.scaled_dot_product_attention(query, key, value, scale=scale)
+    return attended.transpose(2, 3).flatten(1, 2)
 
 
 def classifier(in_channels: int, num_classes: int) -> nn.Conv2d:

@@ -1,0 +1,42 @@
+"""What all within-image context modules A_wi have in common (paper, Eq. 3)."""
+
+from torch import Tensor, nn
+
+
+class ContextModule(nn.Module):
+    """Gathers context C_wi within an image: a feature map in, a map of ``channels`` out.
+
+    Every module takes the same arguments, and uses those that its paper needs:
+
+    - ``in_channels``: of the backbone's last feature R;
+    - ``channels``: of the result (512 in the papers);
+    - ``norm``: makes the norm layer for a number of channels;
+    - ``lower_channels``: of the feature below R, if ``needs_lower``;
+    - ``num_classes``: K;
+    - ``output_stride``: of R, 8 or 16 (or another; dilations are those of stride 8 or 16).
+
+    ``needs_lower`` and ``needs_coarse`` say which of the inputs of ``forward`` it wants.
+    """
+
+    needs_lower = False
+    needs_coarse = False
+
+    def forward(
+        self,
+        features: Tensor,
+        lower: Tensor | None = None,
+        coarse: Tensor | None = None,
+        targets: Tensor | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Gather context.
+
+        Args:
+            features: R, (N, in_channels, h, w).
+            lower: the feature of the stage before R, (N, lower_channels, h', w').
+            coarse: logits of the auxiliary head, (N, K, h'', w''), from the same images.
+            targets: (N, H, W) class ids and ignore values, in training only.
+
+        Returns:
+            C_wi (N, channels, h, w), and the module's own losses by name, {} for most modules.
+        """
+        raise NotImplementedError

@@ -1,0 +1,156 @@
+"""Expectation-maximisation attention (Li et al., ICCV 2019): EMANet."""
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..blocks import NormFactory, conv_norm_relu
+from .base import ContextModule
+
+
+class EMContext(ContextModule):
+    """Rebuilds the map from a few bases that are fitted to each image, from running bases on.
+
+    With p = conv3x3-BN-ReLU(R), x = conv1x1(p), and the bases mu_k of length 1, started at the
+    running ones, T times::
+
+        z_nk = softmax_k(x_n . mu_k)                                expectation
+        mu_k = sum_n z_nk x_n / sum_n z_nk, then mu_k / |mu_k|      maximisation
+
+    and then::
+
+        x'_n = sum_k z_nk mu_k
+        C    = conv3x3-BN-ReLU(ReLU(p + BN(conv1x1(ReLU(x')))))
+
+    No gradient goes through x': so do the authors, who found it a little better. Their first 1x1
+    convolution, which it leaves as it was drawn, maps non-negative p to numbers of both signs;
+    here it is two buffers, ``projection`` and ``projection_bias``, so that every parameter has a
+    gradient. They and the first bases are drawn from a seed of their own, alike on all processes.
+    Takes, and ignores, the options of others.
+
+    **The running bases**, a buffer (channels, bases), move in training by
+    ``mu <- momentum mu + (1 - momentum) mean of the fitted mu``, the mean over the images of all
+    forward passes since the last move, and of all processes. They move after a backward pass: at
+    the next forward pass or when the state dict is asked for, whichever comes first. Up to there
+    all passes see the same bases, among them the second pass of ``torch.utils.checkpoint``, which
+    is not counted. Every process has to take part in each forward pass in training.
+
+    Args:
+        in_channels: see :class:`ContextModule`.
+        channels: see :class:`ContextModule`.
+        norm: see :class:`ContextModule`.
+        bases: their number.
+        iterations: T, at least 1.
+        momentum: weight of the running bases when they move.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        channels: int,
+        norm: NormFactory = nn.BatchNorm2d,
+        *,
+        bases: int = 64,
+        iterations: int = 3,
+        momentum: float = 0.9,
+        **_,
+    ):
+        super().__init__()
+        if iterations < 1:
+            raise ValueError(f"EMContext found iterations {iterations}, expected 1 or more")
+        self.iterations = iterations
+        self.momentum = momentum
+        self.pixels = conv_norm_relu(in_channels, channels, 3, norm)
+        # Always the same numbers: processes with seeds of their own have to begin alike, and
+        # DistributedDataParallel does not send buffers with the setting that Detectron2 gives it.
+        generator = torch.Generator().manual_seed(0)
+        projection = torch.randn(channels, channels, 1, 1, generator=generator)
+        self.register_buffer("projection", projection * (2 / channels) ** 0.5)
+        bias = torch.rand(channels, generator=generator)
+        self.register_buffer("projection_bias", (2 * bias - 1) * channels**-0.5)
+        drawn = torch.randn(channels, bases, generator=generator)
+        self.register_buffer("bases", F.normalize(drawn, dim=0))
+        self.rebuild = conv_norm_relu(channels, channels, 1, norm)[:2]  # without its ReLU
+        self.out = conv_norm_relu(channels, channels, 3, norm)
+        # The fitted bases that are to enter the running ones, and the number of their images.
+        self.register_buffer("_sums", torch.zeros(channels, bases), persistent=False)
+        self.register_buffer("_count", torch.zeros(()), persistent=False)
+        self._gradient_came = False
+        self.register_state_dict_pre_hook(_move_bases)
+        self.register_load_state_dict_post_hook(_forget)
+
+    def forward(
+        self,
+        features: Tensor,
+        lower: Tensor | None = None,
+        coarse: Tensor | None = None,
+        targets: Tensor | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """See :meth:`ContextModule.forward`."""
+        # A forward pass inside of a backward pass is torch.utils.checkpoint's second one.
+        repeated = torch._C._current_graph_task_id() != -1
+        if not repeated:
+            _move_bases(self)
+        pixels = self.pixels(features)
+        with torch.no_grad():
+            projected = F.conv2d(pixels, self.projection, self.projection_bias)
+            # Sums over thousands of pixels: in float32, whatever autocast says.
+            with torch.autocast(pixels.device.type, enabled=False):
+                rebuilt, fitted = self._fit(projected.to(self.bases.dtype).flatten(2))
+                if self.training and not repeated:
+                    self._observe(fitted)
+        rebuilt = self.rebuild(F.relu(rebuilt).view_as(pixels))
+        context = self.out(F.relu(pixels + rebuilt))
+        if self.training and context.requires_grad:
+            context.register_hook(self._note_gradient)
+        return context, {}
+
+    def _fit(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Pixels (N, C, hw) to the rebuilt ones and each image's bases (N, C, k)."""
+        bases = self.bases.expand(len(pixels), -1, -1)
+        for _ in range(self.iterations):
+            shares = (pixels.transpose(1, 2) @ bases).softmax(dim=2)
+            # The division by sum_n z_nk would not outlive the one by the length.
+            bases = F.normalize(pixels @ F.normalize(shares, p=1, dim=1), dim=1)
+        return bases @ shares.transpose(1, 2), bases
+
+    def _observe(self, fitted: Tensor) -> None:
+        """Keep the bases of each image of each process for the next move."""
+        # An image with overflowed features must not spoil the running bases for ever.
+        sound = fitted.isfinite().flatten(1).all(dim=1)
+        kept = fitted.masked_fill(~sound[:, None, None], 0.0).sum(dim=0)
+        several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        if several:
+            message = torch.cat([kept.flatten(), sound.sum(dtype=kept.dtype)[None]])
+            dist.all_reduce(message)
+            self._sums += message[:-1].view_as(kept)
+            self._count += message[-1]
+        else:
+            self._sums += kept
+            self._count += sound.sum()
+
+    def _note_gradient(self, _: Tensor) -> None:
+        self._gradient_came = True
+
+
+@torch.no_grad()
+def _move_bases(module: EMContext, *_) -> None:
+    """Move the running bases if a backward pass has been since the last move.
+
+    The sums are the same on all processes, so nothing is to be synchronised.
+    """
+    if not module._gradient_came:
+        return
+    # With nothing to go by, not a single sound image, they stay.
+    rate = (1 - module.momentum) * (module._count > 0)
+    mean = module._sums / module._count.clamp_min(1)
+    module.bases += rate * (mean - module.bases)
+    _forget(module)
+
+
+def _forget(module: EMContext, *_) -> None:
+    """Drop what was kept for the next move."""
+    module._sums.zero_()
+    module._count.zero_()
+    module._gradient_came = False

@@ -1,0 +1,82 @@
+"""Object-contextual representations (Yuan, Chen, Wang, ECCV 2020): OCRNet."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..attention import Attention
+from ..blocks import NormFactory, conv_norm_relu
+from .base import ContextModule
+
+
+class ObjectContext(ContextModule):
+    """Each pixel attends to K object regions, which a coarse segmentation lays out.
+
+    With pixels x = conv3x3-BN-ReLU(R) and the coarse logits l, resized to R's size::
+
+        m_k = softmax over pixels of l_k                            soft object regions
+        f_k = sum_i m_ki x_i                                        object region representations
+        y_i = rho(sum_k softmax_k(phi(x_i) . psi(f_k) / sqrt(256)) delta(f_k))
+        C_i = dropout(g([y_i, x_i]))
+
+    phi and psi are two 1x1 conv-BN-ReLU to ``key_channels``, delta one, rho one back to
+    ``channels``, g one from twice ``channels``. The scale 1 / sqrt(256) and the rate 0.05 of
+    Dropout2d are those of the authors' code; the paper names neither. As there, the gradient goes
+    through the regions into the coarse logits. Takes, and ignores, the options of others.
+
+    Args:
+        in_channels: see :class:`ContextModule`.
+        channels: see :class:`ContextModule`.
+        norm: see :class:`ContextModule`.
+        key_channels: channels of query, key and value.
+        dropout: probability of Dropout2d on the result.
+    """
+
+    needs_coarse = True
+
+    def __init__(
+        self,
+        in_channels: int,
+        channels: int,
+        norm: NormFactory = nn.BatchNorm2d,
+        *,
+        key_channels: int = 256,
+        dropout: float = 0.05,
+        **_,
+    ):
+        super().__init__()
+        self.pixels = conv_norm_relu(in_channels, channels, 3, norm)
+        self.attention = Attention(channels, key_channels, norm)
+        self.join = conv_norm_relu(2 * channels, channels, 1, norm)
+        self.dropout = nn.Dropout2d(dropout)
+
+    def forward(
+        self,
+        features: Tensor,
+        lower: Tensor | None = None,
+        coarse: Tensor | None = None,
+        targets: Tensor | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """See :meth:`ContextModule.forward`; needs ``coarse``."""
+        if coarse is None:
+            raise ValueError("ObjectContext found no coarse logits, expected (N, K, h, w)")
+        pixels = self.pixels(features)
+        regions = object_regions(pixels, coarse)
+        if self.training and regions.shape[0] * regions.shape[2] == 1:
+            # Batch norm refuses a single value. The attention over a region and its copy is the
+            # one over the region, and so are the batch's mean and variance.
+            regions = regions.repeat(1, 1, 2, 1)
+        context = self.attention(pixels, regions)
+        return self.dropout(self.join(torch.cat([context, pixels], dim=1))), {}
+
+
+def object_regions(pixels: Tensor, coarse: Tensor) -> Tensor:
+    """The representations f_k: pixels (N, C, h, w), logits (N, K, h', w') to (N, C, K, 1)."""
+    # A softmax and a sum over thousands of pixels: in float32, whatever autocast says.
+    with torch.autocast(pixels.device.type, enabled=False):
+        dtype = torch.promote_types(pixels.dtype, torch.float32)
+        coarse = F.interpolate(
+            coarse.to(dtype), size=pixels.shape[-2:], mode="bilinear", align_corners=False
+        )
+        regions = coarse.flatten(2).softmax(dim=2)
+        return (pixels.to(dtype).flatten(2) @ regions.transpose(1, 2))[..., None]
