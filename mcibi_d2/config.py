@@ -14,6 +14,16 @@ def add_mcibi_config(cfg: CN) -> None:
     cfg.MODEL.MCIBI = CN()
     # False is the plain framework: the baseline differs in this key alone.
     cfg.MODEL.MCIBI.ENABLED = True
+    # Within-image context A_wi (Eq. 3): none is FCN, ppm PSPNet, aspp DeepLabV3, ocr OCRNet; cc,
+    # da, ann, dnl, apc, enc, ema, isa, acf, dm, psa are those that the paper compares with.
+    cfg.MODEL.MCIBI.CONTEXT = "none"
+    # How the memory is read: pixels, Eq. 12-14; rows, each pixel attends to the rows themselves,
+    # which is cheaper; none, it is not read, and trains the classifier by its loss alone.
+    cfg.MODEL.MCIBI.AGGREGATION = "pixels"
+    # Of AGGREGATION rows: whether H1's class distribution has a say in the attention.
+    cfg.MODEL.MCIBI.ROWS_BIAS = True
+    # Of AGGREGATION pixels: read the row of the most likely class alone (argmax in Eq. 12).
+    cfg.MODEL.MCIBI.HARD_AGGREGATION = False
     # F of Eq. 4: concat | add | weighted_add (Table 1).
     cfg.MODEL.MCIBI.FUSION = "concat"
     # Kernels of the projection to R' and of the concat fusion: 1 or 3.
@@ -66,20 +76,41 @@ def add_mcibi_config(cfg: CN) -> None:
     cfg.MODEL.TIMM = CN()
     # Any name of timm.list_models() that has features.
     cfg.MODEL.TIMM.NAME = "resnet50c"
-    # Stride of the last feature: 8, 16 or 32, by dilation.
+    # Stride of the network's last feature: 8, 16 or 32, by dilation. 0: as the network has it, for
+    # HRNet and vision transformers.
     cfg.MODEL.TIMM.OUTPUT_STRIDE = 8
-    # timm's feature indices; index i is called res{i+1}.
+    # timm's feature indices. Index i is called res{i+1} in a network of five features, res{i+2} in
+    # ConvNeXt, which has four; of a vision transformer's blocks the last one named is res5.
     cfg.MODEL.TIMM.OUT_INDICES = (3, 4)
     # Take timm's weights from its hub. Not looked at when MODEL.WEIGHTS names a file.
     cfg.MODEL.TIMM.PRETRAINED = True
     # BN | SyncBN | FrozenBN. SyncBN is plain BN on one process and on the CPU.
     cfg.MODEL.TIMM.NORM = "SyncBN"
+    # 0: train all. 1: freeze the stem. n: the stem and n - 1 stages (blocks of a vision
+    # transformer). -1: freeze all. Frozen batch norms stay in evaluation mode.
+    cfg.MODEL.TIMM.FREEZE_AT = 0
+    # Rate of stochastic depth (timm's drop_path_rate), for networks that have it.
+    cfg.MODEL.TIMM.DROP_PATH = 0.0
+    # Image size of a vision transformer's position embedding; 0: that of timm's weights, which a
+    # timm file in MODEL.WEIGHTS needs. It is resampled for images of other sizes.
+    cfg.MODEL.TIMM.IMG_SIZE = 0
+    # What makes res5 of all features of OUT_INDICES:
+    # none: it is the last of them.
+    # concat: all, at the size of the first (HRNet).
+    # mla: SETR's multi-level aggregation, for four blocks of a vision transformer.
+    cfg.MODEL.TIMM.NECK = "none"
+    # Of concat: stride of its result, which is that of the first feature (0) or twice as much, by
+    # a convolution (released for HRNet on Cityscapes and LIP: 8).
+    cfg.MODEL.TIMM.NECK_STRIDE = 0
+    # Of mla: channels of each aggregated map; res5 has them for each block.
+    cfg.MODEL.TIMM.MLA_CHANNELS = 256
 
     # --- The head, beside Detectron2's keys.
     # Dropout2d before every classifier.
     cfg.MODEL.SEM_SEG_HEAD.DROPOUT = 0.1
-    # Feature of the auxiliary FCN head; "" for none.
-    cfg.MODEL.SEM_SEG_HEAD.AUX_FEATURE = "res4"
+    # Features with an auxiliary FCN head; [] for none. Context modules that work from the stage
+    # before the last, or from its prediction (ann, ocr, acf), take the last of these.
+    cfg.MODEL.SEM_SEG_HEAD.AUX_FEATURES = ["res4"]
     cfg.MODEL.SEM_SEG_HEAD.AUX_LOSS_WEIGHT = 0.4
     # One weight per class for the cross-entropies over pixels; empty: all alike.
     cfg.MODEL.SEM_SEG_HEAD.CLASS_WEIGHTS = []

@@ -4,6 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mcibi_d2.modeling import Attention
+from mcibi_d2.modeling.attention import RowAttention, SlotAttention
 
 
 @settings(max_examples=20, deadline=None)
@@ -25,3 +26,50 @@ def test_layers_are_those_of_the_paper():
     # query and key 512->256->256, value 512->256, out 256->512, each with a batch norm.
     convolutions = 2 * (512 * 256 + 256 * 256) + 512 * 256 + 256 * 512
     assert count == convolutions + 2 * (4 * 256 + 256 + 512)
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    batch=st.integers(1, 2),
+    grid=st.tuples(st.integers(1, 5), st.integers(1, 5)),
+    rows=st.integers(1, 7),
+    biased=st.booleans(),
+    any_row=st.booleans(),
+)
+def test_row_attention_is_a_softmax_over_the_initialised_rows(
+    seed, batch, grid, rows, biased, any_row
+):
+    generator = torch.Generator().manual_seed(seed)
+    attention = RowAttention(12, 8, biased=biased).double().eval()
+    pixels = torch.randn(batch, 12, *grid, generator=generator, dtype=torch.float64)
+    memory = torch.randn(rows, 12, generator=generator, dtype=torch.float64)
+    known = torch.rand(rows, generator=generator) < 0.6
+    known[0] = any_row
+    if not any_row:
+        known[:] = False
+    log_weights = torch.randn(batch, rows, *grid, generator=generator).double().log_softmax(1)
+    query = attention.query(pixels)
+    units = (memory - memory.mean(1, keepdim=True)) / (
+        memory.var(1, unbiased=False, keepdim=True) + 1e-5
+    ).sqrt()
+    key = units @ attention.key.weight.t() + attention.key.bias
+    value = units @ attention.value.weight.t() + attention.value.bias
+    gathered = torch.zeros(batch, 8, *grid, dtype=torch.float64)
+    for n in range(batch):
+        for y in range(grid[0]):
+            for x in range(grid[1]):
+                logits = torch.stack([query[n, :, y, x] @ k for k in key]) / 8**0.5
+                if biased:
+                    logits = logits + log_weights[n, :, y, x]
+                if any_row:
+                    gathered[n, :, y, x] = logits[known].softmax(0) @ value[known]
+    result = attention(pixels, memory, known, log_weights)
+    torch.testing.assert_close(result, attention.out(gathered))
+
+
+def test_slot_attention_joins_one_attention_per_slot():
+    attention = SlotAttention(3, 12, 8).eval()
+    pixels, context = torch.randn(2, 12, 4, 5), torch.randn(2, 36, 4, 5)
+    refined = [of(pixels, c) for of, c in zip(attention.of_slot, context.split(12, 1), strict=True)]
+    torch.testing.assert_close(attention(pixels, context), attention.join(torch.cat(refined, 1)))

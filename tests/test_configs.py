@@ -19,9 +19,11 @@ def test_leaf_is_short_and_builds(path):
     text = path.read_text()
     assert len(text.splitlines()) <= 12
     assert "!!python" not in text
-    cfg = load_config(str(path), ["MODEL.DEVICE", "cpu", "MODEL.TIMM.PRETRAINED", "False"])
+    # Without values: some of the networks are large.
+    cfg = load_config(str(path), ["MODEL.DEVICE", "meta", "MODEL.TIMM.PRETRAINED", "False"])
     assert cfg.OUTPUT_DIR.endswith(f"{path.parent.name}/{path.stem}")
-    model = build_model(cfg)
+    with torch.device("meta"):
+        model = build_model(cfg)
     assert isinstance(model, MCIBISegmentor)
     assert model.sem_seg_head.enabled == path.stem.startswith("mcibi_")
 

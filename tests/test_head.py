@@ -17,7 +17,7 @@ SHAPES = {"res4": ShapeSpec(channels=10, stride=8), "res5": ShapeSpec(channels=2
 def make_head(**changes):
     arguments = {
         "in_feature": "res5", "num_classes": 5, "channels": 16, "attention_dim": 8,
-        "aux_feature": "res4",
+        "aux_features": ["res4"],
     }  # fmt: skip
     return MCIBIHead(SHAPES, **{**arguments, **changes})
 
@@ -72,7 +72,7 @@ def test_losses_are_averages_over_valid_pixels():
     caught = {}
     head.h1.register_forward_hook(lambda _, __, out: caught.update(w=out))
     head.h2.register_forward_hook(lambda _, __, out: caught.update(o=out))
-    head.aux.register_forward_hook(lambda _, __, out: caught.update(aux=out))
+    head.aux["res4"].register_forward_hook(lambda _, __, out: caught.update(aux=out))
     _, losses = head(features, targets)
     weight = {"o": 1.0, "w": 0.4, "aux": 0.4}
     for name, logits in caught.items():
@@ -286,7 +286,7 @@ def test_one_class_and_one_image(rcl_bn):
     "changes, message",
     [
         ({"in_feature": "res9"}, "'res9'.*res4, res5"),
-        ({"aux_feature": "res9"}, "'res9'"),
+        ({"aux_features": ["res9"]}, "'res9'"),
         ({"fusion": "multiply"}, "concat, add, weighted_add"),
         ({"rcl_bn": "frozen"}, "running, batch"),
         ({"class_weights": (1.0, 2.0)}, "has 2 values.*5 classes"),

@@ -49,12 +49,23 @@ def test_imports_go_one_way(path):
         assert "tools" not in own
 
 
-@pytest.mark.parametrize("name", sorted(TORCH_ONLY))
-def test_the_idea_needs_torch_only(name):
-    for module in imported_modules(PACKAGE / "modeling" / f"{name}.py"):
+TORCH_ONLY_FILES = [
+    *(PACKAGE / "modeling" / f"{name}.py" for name in sorted(TORCH_ONLY)),
+    *sorted((PACKAGE / "modeling" / "context").glob("*.py")),
+]
+
+
+@pytest.mark.parametrize("path", TORCH_ONLY_FILES, ids=lambda p: p.stem)
+def test_the_idea_needs_torch_only(path):
+    allowed = tuple(f"mcibi_d2.modeling.{name}" for name in ("blocks", "attention", "context"))
+    for module in imported_modules(path):
         top = module.split(".")[0]
-        own = module.startswith("mcibi_d2.modeling.blocks")
-        assert own or top == "torch" or top in sys.stdlib_module_names, module
+        assert (
+            module.startswith(allowed)
+            or module == "mcibi_d2.modeling"
+            or top == "torch"
+            or top in sys.stdlib_module_names
+        ), module
 
 
 def test_train_net_is_short_and_has_no_classes():

@@ -13,9 +13,11 @@ from detectron2.utils.file_io import PathManager
 
 from ..config import add_mcibi_config
 from ..errors import InputError
+from ..modeling.backbones import NORMS as BACKBONE_NORMS
 from ..modeling.fusion import FUSIONS
 from ..modeling.head import RCL_BATCH_NORMS
 from ..modeling.memory import UPDATES
+from ..modeling.necks import NECKS
 from .checkpoint import check_weights_exist
 from .memory_hooks import SCHEDULES as MOMENTUM_SCHEDULES
 from .memory_init import INITS
@@ -126,6 +128,8 @@ def check_config(
         ("MODEL.MCIBI.RCL_BN", cfg.MODEL.MCIBI.RCL_BN, RCL_BATCH_NORMS),
         ("MODEL.MCIBI.PROJECT_KERNEL", cfg.MODEL.MCIBI.PROJECT_KERNEL, (1, 3)),
         ("MODEL.MCIBI.FUSE_KERNEL", cfg.MODEL.MCIBI.FUSE_KERNEL, (1, 3)),
+        ("MODEL.TIMM.NORM", cfg.MODEL.TIMM.NORM, BACKBONE_NORMS),
+        ("MODEL.TIMM.NECK", cfg.MODEL.TIMM.NECK, NECKS),
         ("SOLVER.AMP.PRECISION", cfg.SOLVER.AMP.PRECISION, PRECISIONS),
         ("SOLVER.LR_SCHEDULER_NAME", cfg.SOLVER.LR_SCHEDULER_NAME, SCHEDULES),
         ("INPUT.FORMAT", cfg.INPUT.FORMAT, ("RGB", "BGR")),
@@ -137,6 +141,20 @@ def check_config(
     for key in ("IMS_PER_BATCH", "MAX_ITER"):
         if cfg.SOLVER[key] < 1:
             raise InputError(f"SOLVER.{key} is {cfg.SOLVER[key]}, expected at least 1")
+    for key, least in (
+        ("OUTPUT_STRIDE", 0),
+        ("IMG_SIZE", 0),
+        ("FREEZE_AT", -1),
+        ("MLA_CHANNELS", 1),
+    ):
+        if cfg.MODEL.TIMM[key] < least:
+            raise InputError(
+                f"MODEL.TIMM.{key} is {cfg.MODEL.TIMM[key]}, expected at least {least}"
+            )
+    if not 0 <= cfg.MODEL.TIMM.DROP_PATH < 1:
+        raise InputError(
+            f"MODEL.TIMM.DROP_PATH is {cfg.MODEL.TIMM.DROP_PATH}, expected 0 <= rate < 1"
+        )
     if cfg.INPUT.CROP.ENABLED and len(cfg.INPUT.CROP.SIZE) != 2:
         raise InputError(f"INPUT.CROP.SIZE is {cfg.INPUT.CROP.SIZE}, expected [height, width]")
     try:

@@ -1,7 +1,7 @@
 """The model: memory, attention, fusion, head, segmentor, backbones."""
 
 from .attention import Attention
-from .backbones import TimmBackbone, build_timm_backbone
+from .backbones import TimmBackbone, build_dilated_resnet_backbone, build_timm_backbone
 from .head import MCIBIHead
 from .memory import FeatureMemory
 from .segmentor import MCIBISegmentor
@@ -12,5 +12,6 @@ __all__ = [
     "MCIBIHead",
     "MCIBISegmentor",
     "TimmBackbone",
+    "build_dilated_resnet_backbone",
     "build_timm_backbone",
 ]

@@ -10,13 +10,16 @@ from detectron2.modeling import SEM_SEG_HEADS_REGISTRY
 from torch import Tensor, nn
 
 from ..errors import InputError
-from .attention import Attention, SlotAttention
+from .attention import Attention, RowAttention, SlotAttention
 from .blocks import classifier, conv_norm_relu, resolve_norm
+from .context import CONTEXTS
 from .fusion import FUSIONS
 from .memory import FeatureMemory
 
 # Batch norm in the memory loss: see MCIBIHead.
 RCL_BATCH_NORMS = ("running", "batch")
+# How the memory is read: see MCIBIHead.
+AGGREGATIONS = ("pixels", "rows", "none")
 
 
 @SEM_SEG_HEADS_REGISTRY.register()
@@ -28,10 +31,17 @@ class MCIBIHead(nn.Module):
         R'    = conv-BN-ReLU(R)                  projection to 512 channels
         W     = softmax(H1(R'))                  Eq. 11
         C_bi  = attention(R', W M)               Eq. 12-14
-        R_aug = F(R', C_bi)                      Eq. 4
+        C_wi  = attention(R', A_wi(R))           Eq. 3; with a within-image module
+        R_aug = F(C_wi, F(R', C_bi))             Eq. 4; F(R', C_bi) without
         O     = H2(R_aug)                        Eq. 5 without its up-sampling
 
-    With ``enabled=False`` it is the plain FCN head: projection, dropout, 1x1 convolution.
+    A_wi is any module of :data:`CONTEXTS`: ``none`` is FCN, ``ppm`` PSPNet, ``aspp`` DeepLabV3,
+    ``ocr`` OCRNet. As in the released code, the pixels attend to the map that it gives, and a
+    second fusion joins that to the first. A module that works from a coarse segmentation (``ocr``,
+    ``acf``) takes that of the auxiliary head.
+
+    With ``enabled=False`` it is the plain framework: the module's map (for FCN the projection),
+    dropout, 1x1 convolution.
 
     The contract is that of Detectron2's heads: in training it returns ``(None, losses)``, else
     ``(logits, {})`` with the logits at the stride of the feature. Losses, each an average:
@@ -42,8 +52,9 @@ class MCIBIHead(nn.Module):
       (Eq. 15 and 17), the representation-consistent loss; not there for a memory held at zero,
       and 0 while ``memory_loss_active`` is False (:class:`mcibi_d2.engine.MemoryUpdateHook` sets
       it, for a loss that starts later);
-    - ``loss_aux``: cross-entropy of an FCN head on ``aux_feature``, over valid pixels, times
-      ``aux_loss_weight``.
+    - ``loss_aux``: cross-entropy of an FCN head on each of ``aux_features``, over valid pixels,
+      added, times ``aux_loss_weight``;
+    - those of the within-image module, under its names.
 
     A batch without valid pixels gives losses of 0, with gradients of 0.
 
@@ -54,6 +65,12 @@ class MCIBIHead(nn.Module):
         channels: of R' and of the memory.
         attention_dim: channels of query, key and value.
         enabled: with or without everything that the memory is for.
+        context: within-image module, a name in :data:`CONTEXTS`, or ``none``.
+        aggregation: how the memory is read. ``pixels``: Eq. 12-14. ``rows``: each pixel attends to
+            the rows themselves, :class:`RowAttention`. ``none``: it is not; it trains H2 by
+            ``loss_m`` alone, and inference costs nothing. There is no H1 then.
+        rows_bias: of ``rows``, whether H1's distribution has a say.
+        hard: of ``pixels``, whether each pixel reads the row of its most likely class alone.
         fusion: ``concat`` | ``add`` | ``weighted_add`` (Table 1).
         project_kernel: kernel of the projection, 1 or 3.
         fuse_kernel: kernel of the concat fusion, 1 or 3.
@@ -68,7 +85,8 @@ class MCIBIHead(nn.Module):
         loss_weight: weight of ``loss_o``.
         loss_weight_w: alpha of Eq. 19.
         loss_weight_m: beta of Eq. 19.
-        aux_feature: name of the feature of the auxiliary head, "" for none.
+        aux_features: names of the features with an auxiliary head. The last one is the stage
+            before R for modules that want it.
         aux_loss_weight: weight of ``loss_aux``.
         class_weights: K weights of the cross-entropies over pixels; empty for equal ones.
         ignore_value: label of pixels without ground truth.
@@ -84,6 +102,10 @@ class MCIBIHead(nn.Module):
         channels: int = 512,
         attention_dim: int = 256,
         enabled: bool = True,
+        context: str = "none",
+        aggregation: str = "pixels",
+        rows_bias: bool = True,
+        hard: bool = False,
         fusion: str = "concat",
         project_kernel: int = 3,
         fuse_kernel: int = 3,
@@ -95,22 +117,34 @@ class MCIBIHead(nn.Module):
         loss_weight: float = 1.0,
         loss_weight_w: float = 0.4,
         loss_weight_m: float = 1.0,
-        aux_feature: str = "",
+        aux_features: Sequence[str] = (),
         aux_loss_weight: float = 0.4,
         class_weights: Sequence[float] = (),
         ignore_value: int = 255,
     ):
         super().__init__()
-        for name in filter(None, (in_feature, aux_feature)):
+        for name in (in_feature, *aux_features):
             if name not in input_shape:
                 raise InputError(
                     f"the head wants the backbone feature {name!r}, "
                     f"the backbone gives {', '.join(input_shape)}"
                 )
-        if fusion not in FUSIONS:
-            raise InputError(f"unknown fusion {fusion!r}; known: {', '.join(FUSIONS)}")
-        if rcl_bn not in RCL_BATCH_NORMS:
-            raise InputError(f"unknown rcl_bn {rcl_bn!r}; known: {', '.join(RCL_BATCH_NORMS)}")
+        for what, value, known in (
+            ("context", context, ("none", *CONTEXTS)),
+            ("aggregation", aggregation, AGGREGATIONS),
+            ("fusion", fusion, FUSIONS),
+            ("rcl_bn", rcl_bn, RCL_BATCH_NORMS),
+        ):
+            if value not in known:
+                raise InputError(f"unknown {what} {value!r}; known: {', '.join(known)}")
+        if hard and aggregation != "pixels":
+            raise InputError(f"hard aggregation needs aggregation pixels, not {aggregation}")
+        module = CONTEXTS.get(context)
+        if module and (module.needs_lower or module.needs_coarse) and not aux_features:
+            raise InputError(
+                f"the context module {context} works from an auxiliary feature, but there is none "
+                f"(MODEL.SEM_SEG_HEAD.AUX_FEATURES)"
+            )
         if class_weights and len(class_weights) != num_classes:
             raise InputError(
                 f"MODEL.SEM_SEG_HEAD.CLASS_WEIGHTS has {len(class_weights)} values, "
@@ -119,10 +153,12 @@ class MCIBIHead(nn.Module):
         self.in_feature = in_feature
         self.num_classes = num_classes
         self.enabled = enabled
+        self.aggregation = aggregation
+        self.hard = hard
         self.loss_weight = loss_weight
         self.loss_weight_w = loss_weight_w
         self.loss_weight_m = loss_weight_m
-        self.aux_feature = aux_feature
+        self.aux_features = tuple(aux_features)
         self.aux_loss_weight = aux_loss_weight
         self.ignore_value = ignore_value
         self.rcl_bn = rcl_bn
@@ -133,27 +169,47 @@ class MCIBIHead(nn.Module):
         def make_norm(channels: int) -> nn.Module:
             return get_norm(norm, channels) or nn.Identity()
 
-        self.project = conv_norm_relu(
-            input_shape[in_feature].channels, channels, project_kernel, make_norm
+        in_channels = input_shape[in_feature].channels
+        self.aux = nn.ModuleDict(
+            {
+                name: nn.Sequential(
+                    conv_norm_relu(input_shape[name].channels, channels, 3, make_norm),
+                    nn.Dropout2d(dropout),
+                    classifier(channels, num_classes),
+                )
+                for name in aux_features
+            }
         )
-        if enabled:
+        self.context = None
+        if module:
+            self.context = module(
+                in_channels,
+                channels,
+                make_norm,
+                lower_channels=input_shape[aux_features[-1]].channels if aux_features else 0,
+                num_classes=num_classes,
+                output_stride=input_shape[in_feature].stride,
+            )
+        if not enabled:
+            if not module:
+                self.project = conv_norm_relu(in_channels, channels, project_kernel, make_norm)
+            self.classify = nn.Sequential(nn.Dropout2d(dropout), classifier(channels, num_classes))
+            return
+        self.project = conv_norm_relu(in_channels, channels, project_kernel, make_norm)
+        self.memory = FeatureMemory(num_classes, channels, memory_update, memory_slots)
+        if aggregation != "none":
             self.h1 = self._two_layer_head(channels, num_classes, dropout, make_norm)
-            self.memory = FeatureMemory(num_classes, channels, memory_update, memory_slots)
-            if memory_slots == 1:
+            if aggregation == "rows":
+                self.attention = RowAttention(channels, attention_dim, make_norm, rows_bias)
+            elif memory_slots == 1:
                 self.attention = Attention(channels, attention_dim, make_norm)
             else:
                 self.attention = SlotAttention(memory_slots, channels, attention_dim, make_norm)
             self.fuse = FUSIONS[fusion](channels, fuse_kernel, make_norm)
-            self.h2 = self._two_layer_head(channels, num_classes, dropout, make_norm)
-        else:
-            self.classify = nn.Sequential(nn.Dropout2d(dropout), classifier(channels, num_classes))
-        if aux_feature:
-            aux_channels = input_shape[aux_feature].channels
-            self.aux = nn.Sequential(
-                conv_norm_relu(aux_channels, channels, 3, make_norm),
-                nn.Dropout2d(dropout),
-                classifier(channels, num_classes),
-            )
+        if module:
+            self.within_attention = Attention(channels, attention_dim, make_norm)
+            self.within_fuse = FUSIONS[fusion](channels, fuse_kernel, make_norm)
+        self.h2 = self._two_layer_head(channels, num_classes, dropout, make_norm)
 
     @staticmethod
     def _two_layer_head(channels, num_classes, dropout, norm) -> nn.Sequential:
@@ -179,6 +235,10 @@ class MCIBIHead(nn.Module):
             "channels": head.CONVS_DIM,
             "attention_dim": mcibi.ATTENTION_DIM,
             "enabled": mcibi.ENABLED,
+            "context": mcibi.CONTEXT,
+            "aggregation": mcibi.AGGREGATION,
+            "rows_bias": mcibi.ROWS_BIAS,
+            "hard": mcibi.HARD_AGGREGATION,
             "fusion": mcibi.FUSION,
             "project_kernel": mcibi.PROJECT_KERNEL,
             "fuse_kernel": mcibi.FUSE_KERNEL,
@@ -190,7 +250,7 @@ class MCIBIHead(nn.Module):
             "loss_weight": head.LOSS_WEIGHT,
             "loss_weight_w": mcibi.LOSS_WEIGHT_W,
             "loss_weight_m": mcibi.LOSS_WEIGHT_M,
-            "aux_feature": head.AUX_FEATURE,
+            "aux_features": head.AUX_FEATURES,
             "aux_loss_weight": head.AUX_LOSS_WEIGHT,
             "class_weights": head.CLASS_WEIGHTS,
             "ignore_value": head.IGNORE_VALUE,
@@ -209,25 +269,43 @@ class MCIBIHead(nn.Module):
         Returns:
             ``(None, losses)`` in training, ``(logits (N, K, h, w), {})`` else.
         """
-        pixels = self.project(features[self.in_feature])
+        if self.training and targets is None:
+            raise ValueError("MCIBIHead in training mode needs targets (N, H, W)")
+        losses = {}
+        aux, within = {}, None
+        if self.training or (self.context and self.context.needs_coarse):
+            aux = {name: self.aux[name](features[name]) for name in self.aux_features}
+        if self.context:
+            last = self.aux_features[-1] if self.aux_features else None
+            within, losses = self.context(
+                features[self.in_feature],
+                lower=features.get(last),
+                coarse=aux.get(last),
+                targets=targets if self.training else None,
+            )
+        coarse = None
         if not self.enabled:
-            logits = self.classify(pixels)
+            if within is None:
+                within = self.project(features[self.in_feature])
+            logits = self.classify(within)
         else:
-            coarse = self.h1(pixels)
-            context = self.memory.read(coarse.float().softmax(dim=1))
-            context = self.attention(pixels, context)
-            logits = self.h2(self.fuse(pixels, context))
+            pixels = augmented = self.project(features[self.in_feature])
+            if self.aggregation != "none":
+                coarse = self.h1(pixels)
+                augmented = self.fuse(pixels, self._gather(pixels, coarse.float()))
+            if within is not None:
+                augmented = self.within_fuse(self.within_attention(pixels, within), augmented)
+            logits = self.h2(augmented)
         if not self.training:
             return logits, {}
 
-        if targets is None:
-            raise ValueError("MCIBIHead in training mode needs targets (N, H, W)")
-        losses = {"loss_o": self.loss_weight * self._pixel_loss(logits, targets)}
-        if self.aux_feature:
-            aux = self.aux(features[self.aux_feature])
-            losses["loss_aux"] = self.aux_loss_weight * self._pixel_loss(aux, targets)
-        if self.enabled:
+        losses["loss_o"] = self.loss_weight * self._pixel_loss(logits, targets)
+        if aux:
+            total = sum(self._pixel_loss(x, targets) for x in aux.values())
+            losses["loss_aux"] = self.aux_loss_weight * total
+        if coarse is not None:
             losses["loss_w"] = self.loss_weight_w * self._pixel_loss(coarse, targets)
+        if self.enabled:
             if self.memory.update != "zero":
                 weight = self.loss_weight_m if self.memory_loss_active else 0.0
                 losses["loss_m"] = weight * self._memory_loss()
@@ -235,6 +313,19 @@ class MCIBIHead(nn.Module):
             if torch.is_grad_enabled():
                 self.memory.observe(pixels.detach(), targets, self.ignore_value)
         return None, losses
+
+    def _gather(self, pixels: Tensor, coarse: Tensor) -> Tensor:
+        """C_bi (N, C, h, w) for R' (N, C, h, w) and the logits of H1 (N, K, h, w)."""
+        if self.aggregation == "rows":
+            log_weights = coarse.log_softmax(dim=1).repeat_interleave(self.memory.slots, dim=1)
+            rows, known = self.memory.rows, self.memory.initialized
+            return self.attention(pixels, rows, known, log_weights)
+        if self.hard:
+            best = coarse.argmax(dim=1, keepdim=True)
+            weights = torch.zeros_like(coarse).scatter_(1, best, 1.0)
+        else:
+            weights = coarse.softmax(dim=1)
+        return self.attention(pixels, self.memory.read(weights))
 
     def _pixel_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Cross-entropy at the targets' size, averaged over valid pixels (Eq. 16, 18)."""
