@@ -1,7 +1,8 @@
 """Time the parts that the project promises to be fast, side by side with the plain way.
 
-``python -m mcibi_d2.tools.benchmark memory`` measures ``FeatureMemory.observe`` and ``commit``
-against the update as the equations say it: up-sample the features, loop over the classes.
+``memory`` measures ``FeatureMemory.observe`` and ``commit`` against the update as the equations say
+it: up-sample the features, loop over the classes. ``attention`` measures the attention of Eq. 13-14
+against its softmax written out, and against attention to the memory's rows.
 """
 
 import argparse
@@ -21,7 +22,8 @@ from torch import Tensor
 
 from mcibi_d2 import InputError
 from mcibi_d2.engine import Trainer, load_config
-from mcibi_d2.modeling import FeatureMemory
+from mcibi_d2.modeling import Attention, FeatureMemory
+from mcibi_d2.modeling.attention import RowAttention
 
 CONFIG = Path(__file__).resolve().parents[2] / "configs" / "ade20k" / "mcibi_R50.yaml"
 MOMENTUM = 0.9
@@ -62,6 +64,7 @@ class Case:
         return memory.to(device), features.to(device), labels.to(device)
 
 
+TINY = Case(1, 8, (4, 4), (32, 32), 3, 1)
 CASES = (
     Case(2, 512, (64, 64), (512, 512), 150, 24),
     Case(1, 512, (64, 128), (512, 1024), 19, 17),
@@ -125,30 +128,40 @@ def _status(key: str) -> int:
 
 
 @torch.no_grad()
-def _measure_peak(update: Callable, case: Case, device: str, threads: int, results) -> None:
+def _measure_peak(
+    call: Callable, make: Callable, small, case, device: str, threads: int, results
+) -> None:
     torch.set_num_threads(threads)
-    update(*Case(1, 8, (4, 4), (32, 32), 3, 1).make(device))  # libraries load on first use
-    arguments = case.make(device)
+    call(*make(small, device))  # libraries load on first use
+    arguments = make(case, device)
     if device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-        update(*arguments)
+        call(*arguments)
         results.put(torch.cuda.max_memory_allocated(device) - before)
         return
     try:
         Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
         before = _status("VmRSS")
-        update(*arguments)
+        call(*arguments)
         results.put(_status("VmHWM") - before)
     except (OSError, KeyError):
         results.put(None)  # not Linux
 
 
-def _peak(update: Callable, case: Case, device: str) -> float | None:
-    """Extra peak memory of one update in MiB, in a fresh process; None where it cannot be told."""
+def _peak(call: Callable, make: Callable, small, case, device: str) -> float | None:
+    """Extra peak memory of one call in MiB, in a fresh process; None where it cannot be told.
+
+    Args:
+        call: with what ``make`` gives as arguments.
+        make: called with a case and the device.
+        small: a case to warm up with.
+        case: to measure.
+        device: to run on.
+    """
     context = multiprocessing.get_context("spawn")
     results = context.SimpleQueue()
-    arguments = (update, case, device, torch.get_num_threads(), results)
+    arguments = (call, make, small, case, device, torch.get_num_threads(), results)
     process = context.Process(target=_measure_peak, args=arguments)
     process.start()
     process.join()
@@ -173,8 +186,8 @@ def compare_updates(case: Case, device: str, repeats: int, literal_repeats: int)
         "ours_seconds": median(ours),
         "literal_seconds": median(literal),
         "ratio": median(literal) / median(ours),
-        "ours_peak_mib": _peak(our_update, case, device),
-        "literal_peak_mib": _peak(literal_update, case, device),
+        "ours_peak_mib": _peak(our_update, Case.make, TINY, case, device),
+        "literal_peak_mib": _peak(literal_update, Case.make, TINY, case, device),
         "largest_difference": difference,
         "ours_all_seconds": ours,
         "literal_all_seconds": literal,
@@ -230,6 +243,103 @@ def time_training_step(
         "step_seconds": median(steps[1:]),
         "update_seconds": median(updates[1:]),
         "share": median(updates[1:]) / median(steps[1:]),
+    }
+
+
+def written_out_attention(block: Attention, pixels: Tensor, context: Tensor) -> Tensor:
+    """Eq. 13-14 as they stand, with the matrix P of all pairs of positions."""
+    query, key, value = (
+        f(x).flatten(2).transpose(1, 2)
+        for f, x in ((block.query, pixels), (block.key, context), (block.value, context))
+    )
+    relations = (query @ key.transpose(1, 2) / query.shape[-1] ** 0.5).softmax(dim=-1)
+    refined = (relations @ value).transpose(1, 2)
+    return block.out(refined.reshape(len(pixels), -1, *pixels.shape[-2:]))
+
+
+def _make_attention(
+    side: tuple[int, int], device: str, layout: torch.memory_format = torch.channels_last
+) -> tuple[Attention, Tensor, Tensor]:
+    """The block of the released models and its two maps, by default in the model's layout."""
+    torch.manual_seed(0)
+    block = Attention().to(device).eval()
+    maps = [torch.randn(1, 512, *side, device=device) for _ in range(2)]
+    return block, *(x.contiguous(memory_format=layout) for x in maps)
+
+
+def _median_seconds(calls: dict[str, Callable], device: str, repeats: int) -> dict[str, float]:
+    """Medians of several calls that take turns, without the first turn."""
+    times = {name: [] for name in calls}
+    for _ in range(repeats + 1):
+        for name, call in calls.items():
+            _wait(device)
+            before = time.perf_counter()
+            call()
+            _wait(device)
+            times[name].append(time.perf_counter() - before)
+    return {name: median(values[1:]) for name, values in times.items()}
+
+
+def compare_attention(device: str, repeats: int) -> dict:
+    """Our attention and the written-out one: time at 128 x 128, memory at 128 x 256."""
+    found = {"case": "forward, 1 x 512 x 128 x 128", "layouts": []}
+    for name, layout in (
+        ("channels last, as in the model", torch.channels_last),
+        ("contiguous", torch.contiguous_format),
+    ):
+        block, pixels, context = _make_attention((128, 128), device, layout)
+        with torch.no_grad():
+            seconds = _median_seconds(
+                {
+                    "ours": lambda x=(block, pixels, context): x[0](*x[1:]),
+                    "written_out": lambda x=(block, pixels, context): written_out_attention(*x),
+                },
+                device,
+                repeats,
+            )
+            difference = block(pixels, context) - written_out_attention(block, pixels, context)
+        found["layouts"].append(
+            {
+                "layout": name,
+                "ours_seconds": seconds["ours"],
+                "written_out_seconds": seconds["written_out"],
+                "ratio": seconds["written_out"] / seconds["ours"],
+                "largest_difference": difference.abs().max().item(),
+            }
+        )
+    for name, call in (("ours", _run_ours), ("written_out", written_out_attention)):
+        peak = _peak(call, _make_attention, (4, 4), (128, 256), device)
+        found[f"{name}_peak_mib_at_128x256"] = peak
+    return found
+
+
+def _run_ours(block: Attention, pixels: Tensor, context: Tensor) -> None:
+    block(pixels, context)
+
+
+def compare_aggregations(device: str, repeats: int, side: int = 128, classes: int = 150) -> dict:
+    """Reading the memory by attention to pixels and to rows, forward and backward."""
+    torch.manual_seed(0)
+    memory = FeatureMemory(classes, 512).to(device)
+    memory.initialize(torch.rand_like(memory.rows), torch.ones_like(memory.initialized))
+    by_pixels, by_rows = Attention().to(device), RowAttention().to(device)
+    pixels = torch.randn(1, 512, side, side, device=device)
+    pixels = pixels.contiguous(memory_format=torch.channels_last).requires_grad_()
+    coarse = torch.randn(1, classes, side, side, device=device, requires_grad=True)
+
+    def read_pixels() -> None:
+        by_pixels(pixels, memory.read(coarse.softmax(dim=1))).sum().backward()
+
+    def read_rows() -> None:
+        weights = coarse.log_softmax(dim=1)
+        by_rows(pixels, memory.rows, memory.initialized, weights).sum().backward()
+
+    seconds = _median_seconds({"pixels": read_pixels, "rows": read_rows}, device, repeats)
+    return {
+        "case": f"forward and backward, 1 x 512 x {side} x {side}, K = {classes}",
+        "pixels_seconds": seconds["pixels"],
+        "rows_seconds": seconds["rows"],
+        "ratio": seconds["pixels"] / seconds["rows"],
     }
 
 
@@ -298,20 +408,54 @@ def benchmark_memory(args: argparse.Namespace) -> dict:
     return results
 
 
+def benchmark_attention(args: argparse.Namespace) -> dict:
+    """Measure, print what was found, and return it as plain data."""
+    print("measuring attention", file=sys.stderr)
+    attention = compare_attention(args.device, args.repeats)
+    print("measuring aggregations", file=sys.stderr)
+    aggregation = compare_aggregations(args.device, args.repeats)
+    ours, written = (attention[f"{x}_peak_mib_at_128x256"] for x in ("ours", "written_out"))
+    for x in attention["layouts"]:
+        print(
+            f"{attention['case']}, {x['layout']}: ours {x['ours_seconds']:.2f} s, written out "
+            f"{x['written_out_seconds']:.2f} s, {x['ratio']:.1f} times faster, largest difference "
+            f"{x['largest_difference']:.1e}"
+        )
+    print(
+        f"extra peak memory, 1 x 512 x 128 x 256: ours {_number(ours, '.0f')} MiB, written out "
+        f"{_number(written, '.0f')} MiB\n"
+        f"{aggregation['case']}: pixels {aggregation['pixels_seconds']:.3f} s, rows "
+        f"{aggregation['rows_seconds']:.3f} s, {aggregation['ratio']:.1f} times cheaper\n"
+    )
+    return {
+        "torch": torch.__version__,
+        "device": args.device,
+        "threads": torch.get_num_threads(),
+        "precision": "float32",
+        "attention": attention,
+        "aggregation": aggregation,
+    }
+
+
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m mcibi_d2.tools.benchmark", description=__doc__)
     parts = parser.add_subparsers(dest="part", required=True)
     memory = parts.add_parser("memory", help="the update of the feature memory")
-    memory.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     memory.add_argument("--repeats", type=int, default=25, help="of each update (25)")
     memory.add_argument("--steps", type=int, default=3, help="training steps that are timed (3)")
     memory.add_argument("--no-step", action="store_true", help="leave the training step out")
     memory.add_argument("--config-file", default=str(CONFIG), help="of the training step")
-    memory.add_argument("--json", metavar="FILE", help="write the JSON there, not to the output")
+    memory.set_defaults(run=benchmark_memory)
+    attention = parts.add_parser("attention", help="reading the memory")
+    attention.add_argument("--repeats", type=int, default=5, help="of each call (5)")
+    attention.set_defaults(run=benchmark_attention)
+    for part in (memory, attention):
+        part.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+        part.add_argument("--json", metavar="FILE", help="write the JSON there, not to the output")
     args = parser.parse_args()
     try:
-        results = benchmark_memory(args)
+        results = args.run(args)
     except InputError as error:
         sys.exit(f"error: {error}")
     text = json.dumps(results, indent=1)
