@@ -92,8 +92,11 @@ def attend(query: Tensor, key: Tensor, value: Tensor, scale: float | None = None
         # torch's kernels that never store the P x Q matrix want values as deep as the keys. So
         # deep values are cut into heads, which all have the same queries and keys.
         heads = value.shape[1] // depth
-    query, key = (x.transpose(1, 2)[:, None].expand(-1, heads, -1, -1) for x in (query, key))
-    value = value.unflatten(1, (heads, -1)).transpose(2, 3)
+    # They also want the channels of a position side by side.
+    query, key = (
+        x.transpose(1, 2).contiguous()[:, None].expand(-1, heads, -1, -1) for x in (query, key)
+    )
+    value = value.unflatten(1, (heads, -1)).transpose(2, 3).contiguous()
     attended = F.scaled_dot_product_attention(query, key, value, scale=scale)
     return attended.transpose(2, 3).flatten(1, 2)
 
