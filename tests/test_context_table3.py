@@ -7,6 +7,7 @@ import pytest
 import torch
 from detectron2.layers import NaiveSyncBatchNorm
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mcibi_d2.modeling.blocks import apply_to_pooled, attend, conv_norm_relu
 from mcibi_d2.modeling.context.ann import AsymmetricNonLocal
@@ -290,6 +291,18 @@ def test_attend_equals_the_written_out_softmax(depth, value_depth):
         expected = literal_attention(query, key, value, scale or depth**-0.5)
         result = attend(query.flatten(2), key, value, scale)
         torch.testing.assert_close(result, expected.flatten(2))
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@torch.no_grad()
+def test_attend_stores_no_matrix_whatever_the_layout(layout):
+    query, key, value = (
+        torch.randn(1, depth, 3, 4).contiguous(memory_format=layout).flatten(2)
+        for depth in (2, 2, 6)
+    )
+    # The kernel that works block by block, or an error.
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        attend(query, key, value)
 
 
 @MODULES

@@ -92,11 +92,10 @@ def attend(query: Tensor, key: Tensor, value: Tensor, scale: float | None = None
         # torch's kernels that never store the P x Q matrix want values as deep as the keys. So
         # deep values are cut into heads, which all have the same queries and keys.
         heads = value.shape[1] // depth
-    # They also want the channels of a position side by side.
-    query, key = (
-        x.transpose(1, 2).contiguous()[:, None].expand(-1, heads, -1, -1) for x in (query, key)
-    )
-    value = value.unflatten(1, (heads, -1)).transpose(2, 3).contiguous()
+    # They also want the channels last in memory, whatever the layout of the maps.
+    query, key, value = (x.transpose(1, 2).contiguous() for x in (query, key, value))
+    query, key = (x[:, None].expand(-1, heads, -1, -1) for x in (query, key))
+    value = value.unflatten(2, (heads, -1)).transpose(1, 2)
     attended = F.scaled_dot_product_attention(query, key, value, scale=scale)
     return attended.transpose(2, 3).flatten(1, 2)
 
