@@ -116,7 +116,8 @@ def add_mcibi_config(cfg: CN) -> None:
     cfg.MODEL.SEM_SEG_HEAD.CLASS_WEIGHTS = []
 
     # --- Training.
-    # Learning rate of the head, as a multiple of the backbone's.
+    # Learning rate of the head, as a multiple of the backbone's; also of the neck, and of the norms
+    # after a vision transformer's blocks, which are as new as the head.
     cfg.SOLVER.HEAD_LR_FACTOR = 1.0
     # SOLVER.LR_SCHEDULER_NAME WarmupPolyLR: (1 - iteration / MAX_ITER) ** POWER, and never below
     # CONSTANT_ENDING, as a share of BASE_LR.

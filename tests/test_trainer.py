@@ -69,6 +69,23 @@ def test_optimizer_has_a_head_factor_and_the_papers_weight_decay(tmp_path):
             assert group["lr"] == pytest.approx(0.1 if id(p) in head else 0.01)
 
 
+def test_head_factor_is_for_the_backbones_new_layers_too(tmp_path):
+    cfg = make_tiny_cfg(
+        tmp_path, "SOLVER.HEAD_LR_FACTOR", "10.0", "SOLVER.BASE_LR", "0.01",
+        "MODEL.TIMM.NAME", "test_vit", "MODEL.TIMM.OUTPUT_STRIDE", "16",
+        "MODEL.TIMM.OUT_INDICES", "(2, 3, 4, 5)", "MODEL.TIMM.NECK", "mla",
+    )  # fmt: skip
+    model = Trainer.build_model(cfg)
+    rates = {
+        id(p): group["lr"]
+        for group in Trainer.build_optimizer(cfg, model).param_groups
+        for p in group["params"]
+    }
+    pretrained = {id(p) for p in model.backbone.net.parameters()}
+    for name, p in model.named_parameters():
+        assert rates[id(p)] == pytest.approx(0.01 if id(p) in pretrained else 0.1), name
+
+
 def test_learning_rate_is_poly(tmp_path):
     options = ["SOLVER.MAX_ITER", "50", "SOLVER.POLY_LR_CONSTANT_ENDING", "0.1"]
     cfg = make_tiny_cfg(tmp_path, *options)

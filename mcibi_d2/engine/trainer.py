@@ -32,6 +32,8 @@ from .memory_init import MemoryInitHook
 from .train_step import TrainStep
 
 LOG_PERIOD = 20
+# Parameters that no file of backbone weights holds, and SOLVER.HEAD_LR_FACTOR is for.
+_NEW = ("sem_seg_head.", "backbone.neck.", "backbone.norms.")
 
 
 class Trainer(DefaultTrainer):
@@ -178,7 +180,7 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_optimizer(cls, cfg, model: nn.Module) -> torch.optim.Optimizer:
-        """SGD; the head's learning rate is ``SOLVER.HEAD_LR_FACTOR`` times the backbone's."""
+        """SGD; ``SOLVER.HEAD_LR_FACTOR`` is for the head, and the backbone's neck and norms."""
         params = get_default_optimizer_params(
             model,
             base_lr=cfg.SOLVER.BASE_LR,
@@ -187,7 +189,7 @@ class Trainer(DefaultTrainer):
             bias_lr_factor=cfg.SOLVER.BIAS_LR_FACTOR,
             weight_decay_bias=cfg.SOLVER.WEIGHT_DECAY_BIAS,
             lr_factor_func=lambda name: (
-                cfg.SOLVER.HEAD_LR_FACTOR if name.startswith("sem_seg_head.") else 1.0
+                cfg.SOLVER.HEAD_LR_FACTOR if name.startswith(_NEW) else 1.0
             ),
         )
         sgd = torch.optim.SGD(
