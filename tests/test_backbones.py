@@ -290,6 +290,9 @@ def test_timm_files_load(tmp_path, name, arguments):
     "arguments, message",
     [
         ({"name": "resnet50z"}, "resnet50z.*close:.*resnet"),
+        ({"name": "zzz"}, "'zzz'.*close: .*, .*"),
+        ({"name": "test_resnet", "out_indices": ("a",)}, r"\('a',\), expected rising"),
+        ({"name": "test_resnet", "out_indices": (-1, 3)}, r"\(-1, 3\), expected rising"),
         ({"name": "test_resnet", "output_stride": 7}, "output stride 7"),
         ({"name": "test_resnet", "out_indices": (3, 9)}, r"features \(3, 9\).*fewer features"),
         ({"name": "test_resnet", "out_indices": (4, 3)}, r"\(4, 3\), expected rising"),
@@ -339,6 +342,21 @@ def test_wrong_arguments_are_refused(arguments, message):
 def test_wrong_keys_are_refused_before_anything_is_built(tiny_cfg, key, value, message):
     tiny_cfg.MODEL.TIMM[key] = value
     with pytest.raises(InputError, match=message):
+        check_config(tiny_cfg)
+
+
+@pytest.mark.parametrize(
+    "section, key, known",
+    [
+        ("MODEL", "META_ARCHITECTURE", "MCIBISegmentor"),
+        ("BACKBONE", "NAME", "build_timm_backbone"),
+        ("SEM_SEG_HEAD", "NAME", "MCIBIHead"),
+    ],
+)
+def test_unknown_parts_of_the_model_list_the_known_ones(tiny_cfg, section, key, known):
+    node = tiny_cfg.MODEL if section == "MODEL" else tiny_cfg.MODEL[section]
+    node[key] = "build_tim_backbone"
+    with pytest.raises(InputError, match=rf"{section}\.{key} is 'build_tim_backbone'.*{known}"):
         check_config(tiny_cfg)
 
 

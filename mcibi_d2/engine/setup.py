@@ -9,7 +9,9 @@ import tempfile
 import torch
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY, SEM_SEG_HEADS_REGISTRY
 from detectron2.utils.file_io import PathManager
+from detectron2.utils.registry import Registry
 
 from ..config import add_mcibi_config
 from ..errors import InputError
@@ -117,6 +119,9 @@ def check_config(
         train: whether the training set is used.
     """
     for key, value, allowed in (
+        ("MODEL.META_ARCHITECTURE", cfg.MODEL.META_ARCHITECTURE, _names(META_ARCH_REGISTRY)),
+        ("MODEL.BACKBONE.NAME", cfg.MODEL.BACKBONE.NAME, _names(BACKBONE_REGISTRY)),
+        ("MODEL.SEM_SEG_HEAD.NAME", cfg.MODEL.SEM_SEG_HEAD.NAME, _names(SEM_SEG_HEADS_REGISTRY)),
         ("MODEL.MCIBI.FUSION", cfg.MODEL.MCIBI.FUSION, FUSIONS),
         ("MODEL.MCIBI.MEMORY.UPDATE", cfg.MODEL.MCIBI.MEMORY.UPDATE, UPDATES),
         ("MODEL.MCIBI.MEMORY.INIT", cfg.MODEL.MCIBI.MEMORY.INIT, INITS),
@@ -186,6 +191,10 @@ def check_config(
         )
     _check_data(cfg, train)
     _check_output(cfg.OUTPUT_DIR)
+
+
+def _names(registry: Registry) -> list[str]:
+    return [name for name, _ in registry]
 
 
 def _check_memory(memory: CfgNode, train: bool) -> None:

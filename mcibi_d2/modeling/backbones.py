@@ -84,10 +84,11 @@ class TimmBackbone(Backbone):
                 choices = f"{', '.join(allowed[:-1])} or {allowed[-1]}"
                 raise InputError(f"MODEL.TIMM.{key} is {value!r}, expected {choices}")
         if not timm.is_model(name):
-            close = ", ".join(difflib.get_close_matches(name, timm.list_models(), n=5))
+            # timm knows over a thousand: those that are closest, however far that is.
+            close = difflib.get_close_matches(name, timm.list_models(), n=5, cutoff=0)
             raise InputError(
-                f"MODEL.TIMM.NAME is {name!r}, which timm {timm.__version__} does not know"
-                + (f"; close: {close}" if close else "")
+                f"MODEL.TIMM.NAME is {name!r}, which timm {timm.__version__} does not know; "
+                f"close: {', '.join(close)}"
             )
         self.name = name
         out_indices = tuple(out_indices)
@@ -337,7 +338,8 @@ def _create(
     img_size: int,
 ) -> nn.Module:
     """Build the timm network; of several processes on a machine, one downloads."""
-    if not out_indices or out_indices[0] < 0 or list(out_indices) != sorted(set(out_indices)):
+    whole = all(isinstance(index, int) and index >= 0 for index in out_indices)
+    if not out_indices or not whole or list(out_indices) != sorted(set(out_indices)):
         raise InputError(
             f"MODEL.TIMM.OUT_INDICES is {out_indices}, expected rising indices from 0 on"
         )
