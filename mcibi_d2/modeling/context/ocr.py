@@ -24,6 +24,12 @@ class ObjectContext(ContextModule):
     Dropout2d are those of the authors' code; the paper names neither. As there, the gradient goes
     through the regions into the coarse logits. Takes, and ignores, the options of others.
 
+    OCRNet + MCIBI is in no released code. Here it is wired as MCIBI's paper has every module (Eq.
+    3-4): l is the auxiliary head's prediction, as in OCRNet, and H1's W, from R', is for the
+    memory alone, as neither paper lets one stand for the other. C is C_wi before its refinement:
+    :class:`mcibi_d2.modeling.MCIBIHead` lets R' attend to it, by an attention block of its own,
+    and fuses the result with what the memory gave. x and R' are two projections of R.
+
     Args:
         in_channels: see :class:`ContextModule`.
         channels: see :class:`ContextModule`.
