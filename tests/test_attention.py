@@ -1,3 +1,5 @@
+import gc
+
 import literal
 import torch
 from hypothesis import given, settings
@@ -73,3 +75,18 @@ def test_slot_attention_joins_one_attention_per_slot():
     pixels, context = torch.randn(2, 12, 4, 5), torch.randn(2, 36, 4, 5)
     refined = [of(pixels, c) for of, c in zip(attention.of_slot, context.split(12, 1), strict=True)]
     torch.testing.assert_close(attention(pixels, context), attention.join(torch.cat(refined, 1)))
+
+
+def test_query_key_and_value_are_gone_before_the_last_layers():
+    """They are a third of the peak memory on a large image."""
+    attention = Attention(12, 8)
+    alive = []
+
+    def count(*_):
+        found = (x for x in gc.get_objects() if isinstance(x, torch.Tensor))
+        alive.append(sum(x.shape == (2, 1, 35, 8) for x in found))
+
+    attention.out.register_forward_pre_hook(count)
+    with torch.inference_mode():  # elsewhere a view keeps the tensor that it is of
+        attention(torch.randn(2, 12, 5, 7), torch.randn(2, 12, 5, 7))
+    assert alive == [0]

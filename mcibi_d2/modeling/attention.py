@@ -48,6 +48,7 @@ class Attention(nn.Module):
             for projected in (self.query(pixels), self.key(context), self.value(context))
         )
         refined = F.scaled_dot_product_attention(query, key, value)[:, 0].transpose(1, 2)
+        del query, key, value  # not needed beside what the last layers make
         return self.out(refined.reshape(len(pixels), -1, *pixels.shape[-2:]))
 
 
