@@ -188,9 +188,7 @@ class Trainer(DefaultTrainer):
             weight_decay_norm=cfg.SOLVER.WEIGHT_DECAY_NORM,
             bias_lr_factor=cfg.SOLVER.BIAS_LR_FACTOR,
             weight_decay_bias=cfg.SOLVER.WEIGHT_DECAY_BIAS,
-            lr_factor_func=lambda name: (
-                cfg.SOLVER.HEAD_LR_FACTOR if name.startswith(_NEW) else 1.0
-            ),
+            lr_factor_func=lambda name: cfg.SOLVER.HEAD_LR_FACTOR if name.startswith(_NEW) else 1.0,
         )
         sgd = torch.optim.SGD(
             params,
