@@ -360,6 +360,15 @@ def test_unknown_parts_of_the_model_list_the_known_ones(tiny_cfg, section, key, 
         check_config(tiny_cfg)
 
 
+def test_a_block_whose_norm_nobody_trains_is_refused(tiny_cfg):
+    tiny_cfg.merge_from_list(
+        ["MODEL.TIMM.NAME", "test_vit", "MODEL.TIMM.OUTPUT_STRIDE", "16",
+         "MODEL.TIMM.OUT_INDICES", "(4, 5)", "MODEL.SEM_SEG_HEAD.AUX_FEATURES", "[]"]
+    )  # fmt: skip
+    with pytest.raises(InputError, match=r"OUT_INDICES \(4, 5\) gives res4, .*AUX_FEATURES"):
+        build_model(tiny_cfg)
+
+
 def test_a_hub_out_of_reach_is_said(monkeypatch):
     build = timm.create_model
 

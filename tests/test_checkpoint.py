@@ -6,6 +6,7 @@ import timm
 import torch
 from conftest import make_tiny_cfg
 from fvcore.common.checkpoint import Checkpointer as FvcoreCheckpointer
+from safetensors.torch import save_file
 
 from mcibi_d2 import InputError
 from mcibi_d2.engine import Checkpointer, Trainer
@@ -100,6 +101,25 @@ def test_another_number_of_classes_keeps_the_rest(tmp_path):
     assert other.sem_seg_head.memory.rows.shape == (7, 16)
     with pytest.raises(InputError, match=r"not a checkpoint of this model: .*sem_seg_head"):
         Checkpointer(other).load(str(tmp_path / "a.pth"), strict=True)
+
+
+def test_a_head_with_more_than_the_model_is_refused_in_evaluation(tmp_path):
+    Checkpointer(Trainer.build_model(make_tiny_cfg(tmp_path)), str(tmp_path)).save("a")
+    cfg = make_tiny_cfg(tmp_path, "MODEL.MCIBI.AGGREGATION", "none")
+    with pytest.raises(InputError, match=r"its head has \d+ tensors more, .*sem_seg_head"):
+        Checkpointer(Trainer.build_model(cfg)).load(str(tmp_path / "a.pth"), strict=True)
+    cfg = make_tiny_cfg(tmp_path, "MODEL.SEM_SEG_HEAD.AUX_FEATURES", "[]")
+    Checkpointer(Trainer.build_model(cfg)).load(str(tmp_path / "a.pth"), strict=True)
+
+
+def test_safetensors_of_timm_load(tmp_path, tiny_cfg):
+    model = Trainer.build_model(tiny_cfg)
+    state = {
+        k: v + 1 if v.is_floating_point() else v for k, v in model.backbone.net.state_dict().items()
+    }
+    save_file({k: v.contiguous() for k, v in state.items()}, tmp_path / "model.safetensors")
+    Checkpointer(model).load(str(tmp_path / "model.safetensors"))
+    assert all(torch.equal(v, state[k]) for k, v in model.backbone.net.state_dict().items())
 
 
 def test_files_that_are_no_checkpoint_of_this_model_are_refused(tmp_path, tiny_cfg):

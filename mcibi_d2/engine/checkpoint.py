@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from typing import IO
 
 import numpy as np
+import safetensors.torch
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from torch import nn
@@ -92,7 +93,10 @@ class Checkpointer(DetectionCheckpointer):
 
     def _load_file(self, filename: str) -> dict:
         try:
-            loaded = super()._load_file(filename)
+            if filename.endswith(".safetensors"):  # the files of timm's hub
+                loaded = {"model": safetensors.torch.load_file(filename)}
+            else:
+                loaded = super()._load_file(filename)
         except Exception as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else ""
             raise InputError(
@@ -133,6 +137,17 @@ class Checkpointer(DetectionCheckpointer):
                 f"{self._path}: not a checkpoint of this model: {len(missing)} of "
                 f"{len(expected)} tensors are not in it or have another shape, such as "
                 f"{_some(missing)}"
+            )
+        # Auxiliary heads are for training alone; anything else would be another network.
+        surplus = [
+            key
+            for key in incompatible.unexpected_keys
+            if key.startswith("sem_seg_head.") and not key.startswith("sem_seg_head.aux.")
+        ]
+        if self._strict and surplus:
+            raise InputError(
+                f"{self._path}: not a checkpoint of this model: its head has {len(surplus)} "
+                f"tensors more, such as {_some(surplus)}"
             )
         lost = [key for key in missing if key.startswith("backbone.")]
         count = sum(key.startswith("backbone.") for key in expected)

@@ -421,7 +421,16 @@ def _is_wrapped(net: nn.Module) -> bool:
 @BACKBONE_REGISTRY.register()
 def build_timm_backbone(cfg, input_shape: ShapeSpec | None = None) -> nn.Module:
     """Build the backbone that ``MODEL.TIMM`` describes."""
-    return TimmBackbone(cfg, input_shape)
+    backbone = TimmBackbone(cfg, input_shape)
+    head = cfg.MODEL.SEM_SEG_HEAD
+    unused = backbone.output_shape().keys() - {*head.IN_FEATURES, *head.get("AUX_FEATURES", ())}
+    if backbone.norms and unused:
+        raise InputError(
+            f"MODEL.TIMM.OUT_INDICES {tuple(cfg.MODEL.TIMM.OUT_INDICES)} gives "
+            f"{', '.join(sorted(unused))}, which is in neither MODEL.SEM_SEG_HEAD.IN_FEATURES nor "
+            f"AUX_FEATURES: the norm of that block would never be trained"
+        )
+    return backbone
 
 
 @BACKBONE_REGISTRY.register()

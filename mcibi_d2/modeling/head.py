@@ -272,9 +272,11 @@ class MCIBIHead(nn.Module):
         if self.training and targets is None:
             raise ValueError("MCIBIHead in training mode needs targets (N, H, W)")
         losses = {}
-        aux, within = {}, None
-        if self.training or (self.context and self.context.needs_coarse):
-            aux = {name: self.aux[name](features[name]) for name in self.aux_features}
+        within = None
+        wanted = self.aux_features if self.training else ()
+        if self.context and self.context.needs_coarse:
+            wanted = wanted or self.aux_features[-1:]
+        aux = {name: self.aux[name](features[name]) for name in wanted}
         if self.context:
             last = self.aux_features[-1] if self.aux_features else None
             within, losses = self.context(
