@@ -2,6 +2,13 @@
 
 from .datasets import register_all_datasets
 from .loader import build_train_loader
-from .mapper import SemSegMapper
+from .mapper import SemSegMapper, read_image
+from .own import register_own_dataset
 
-__all__ = ["SemSegMapper", "build_train_loader", "register_all_datasets"]
+__all__ = [
+    "SemSegMapper",
+    "build_train_loader",
+    "read_image",
+    "register_all_datasets",
+    "register_own_dataset",
+]

@@ -20,10 +20,12 @@ def read_labels(
     The values of the file go through the data set's table: ``label_ids`` of its metadata lists the
     file's value of each class, ``label_ignored`` the values without ground truth. A data set
     without ``label_ids`` (another project's) holds class ids and its ``ignore_label`` already.
+    ``label_colors`` lists the file's RGB color of each class instead, ``ignored_colors`` the colors
+    without ground truth.
 
     Args:
-        file_name: an 8- or 16-bit image with one channel, or one with a palette, whose indices
-            are the values.
+        file_name: a 1-, 8- or 16-bit image with one channel, or one with a palette, whose indices
+            are the values. With ``label_colors``: any 8-bit image; an alpha channel is not read.
         dataset_name: a registered data set.
         size: expected (height, width).
 
@@ -31,12 +33,14 @@ def read_labels(
         (height, width) int32: class ids and the metadata's ``ignore_label``.
 
     Raises:
-        InputError: the file cannot be read, is no label image, has another size or a value
-            outside the table.
+        InputError: the file cannot be read, is no label image, has another size, or a value or
+            color outside the table.
     """
+    metadata = MetadataCatalog.get(dataset_name)
+    colors = metadata.get("label_colors")
     try:
         with PathManager.open(file_name, "rb") as f, Image.open(f) as image:
-            values = np.asarray(image)
+            values = label_values(image) if colors is None else label_colors(image)
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise InputError(f"{file_name}: cannot be read as a label image ({error})") from error
     if values.ndim != 2 or not np.issubdtype(values.dtype, np.integer):
@@ -49,7 +53,8 @@ def read_labels(
             f"{file_name}: labels of {values.shape[0]} x {values.shape[1]} (height x width), "
             f"its image has {size[0]} x {size[1]}"
         )
-    metadata = MetadataCatalog.get(dataset_name)
+    if colors is not None:
+        return _by_color(file_name, values, metadata)
     table = _table(
         tuple(_class_values(metadata)),
         tuple(_ignored_values(metadata)),
@@ -65,6 +70,51 @@ def read_labels(
             f"{_describe(metadata)}"
         )
     return labels
+
+
+def label_values(image: Image.Image) -> np.ndarray:
+    """The values of a label image: (height, width), of a palette its indices."""
+    values = np.asarray(image)
+    return values.astype(np.uint8) if values.dtype == bool else values
+
+
+def label_colors(image: Image.Image) -> np.ndarray:
+    """The colors of a label image: (height, width) int32, red * 65536 + green * 256 + blue."""
+    if image.mode.startswith(("I", "F")):
+        # Pillow would clip the values to a byte.
+        raise OSError(f"its mode is {image.mode}, expected colors of 8 bits")
+    rgb = np.asarray(image.convert("RGB")).astype(np.int32)
+    return rgb[..., 0] << 16 | rgb[..., 1] << 8 | rgb[..., 2]
+
+
+def _by_color(file_name: str, colors: np.ndarray, metadata: Metadata) -> np.ndarray:
+    known, labels = _color_table(
+        tuple(map(tuple, metadata.label_colors)),
+        tuple(map(tuple, metadata.get("ignored_colors", ()))),
+        metadata.get("ignore_label", 255),
+    )
+    place = np.searchsorted(known, colors).clip(max=len(known) - 1)
+    wrong = colors[known[place] != colors]
+    if len(wrong):
+        found, counts = np.unique(wrong, return_counts=True)
+        color, most = int(found[counts.argmax()]), counts.max()
+        raise InputError(
+            f"{file_name}: color ({color >> 16}, {color >> 8 & 255}, {color & 255}) of {most} "
+            f"pixels is not in the table of {metadata.name}, which has {len(known)} colors"
+            + (f"; {len(found)} such colors on {len(wrong)} pixels" if len(found) > 1 else "")
+        )
+    return labels[place]
+
+
+@cache
+def _color_table(
+    classes: tuple[tuple, ...], ignored: tuple[tuple, ...], ignore_label: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Known colors in increasing order, and the class id (or ignore label) of each."""
+    known = np.array([red << 16 | green << 8 | blue for red, green, blue in classes + ignored])
+    labels = np.array([*range(len(classes)), *(ignore_label for _ in ignored)], dtype=np.int32)
+    order = known.argsort()
+    return known[order].astype(np.int32), labels[order]
 
 
 @cache
@@ -85,12 +135,14 @@ def _class_values(metadata: Metadata) -> list[int]:
 
 
 def _ignored_values(metadata: Metadata) -> list[int]:
-    return metadata.get("label_ignored") or [metadata.get("ignore_label", 255)]
+    # An empty list says that every value is a class.
+    ignored = metadata.get("label_ignored")
+    return [metadata.get("ignore_label", 255)] if ignored is None else ignored
 
 
 def _describe(metadata: Metadata) -> str:
     classes, ignored = _class_values(metadata), _ignored_values(metadata)
     return (
         f"{len(classes)} classes with values {min(classes)}..{max(classes)} and ignores "
-        f"{', '.join(map(str, ignored))}"
+        f"{', '.join(map(str, ignored)) or 'none'}"
     )

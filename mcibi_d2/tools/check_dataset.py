@@ -1,0 +1,247 @@
+"""Check a data set before training on it: every file, every value, and a sheet to look at.
+
+``python -m mcibi_d2.tools.check_dataset ade20k_150_train`` reads all of a data set as training
+reads it. It prints the number of images beside the published one, images and labels without a
+partner, files that cannot be read, labels of another size or with values outside the table, and the
+pixels and images of each class; it writes a sheet of images with their labels. The exit status is 0
+if everything can be trained on, 1 if not. A part of a data set is no fault, and is said.
+"""
+
+import argparse
+import difflib
+import os
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
+from matplotlib.figure import Figure
+from tabulate import tabulate
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from mcibi_d2 import InputError
+from mcibi_d2.data import SemSegMapper
+from mcibi_d2.data.datasets import SplitFiles, split_files
+from mcibi_d2.engine import load_config
+from mcibi_d2.visualization import blend, comparison_sheet
+
+SHOWN_PROBLEMS = 10
+PICTURES = 8
+PICTURE_SIDE = 480  # pixels
+
+
+class _Check(Dataset):
+    """Record i, read as training reads it: its pixels of each class, or what is wrong with it."""
+
+    def __init__(self, name: str, records: list[dict]):
+        self.name = name
+        self.records = records
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def read(self, i: int) -> tuple[np.ndarray, np.ndarray | None]:
+        """RGB image (H, W, 3) and labels (H, W), None in a split without labels."""
+        labeled = "sem_seg_file_name" in self.records[i]
+        mapper = SemSegMapper(labeled, augmentations=[], image_format="RGB", dataset_name=self.name)
+        sample = mapper(self.records[i])
+        image = sample["image"].numpy().transpose(1, 2, 0)
+        return image, sample["sem_seg"].numpy() if labeled else None
+
+    def __getitem__(self, i: int) -> tuple[np.ndarray | None, str | None]:
+        metadata = MetadataCatalog.get(self.name)
+        count = len(metadata.stuff_classes)
+        try:
+            labels = self.read(i)[1]
+        except InputError as error:
+            return None, str(error)
+        if labels is None:
+            return np.zeros(count + 1, np.int64), None
+        labels = np.where(labels == metadata.ignore_label, count, labels)
+        return np.bincount(labels.reshape(-1), minlength=count + 1), None
+
+
+def _as_it_is(item):
+    return item
+
+
+def _files(name: str) -> SplitFiles:
+    """The files of a data set; of one that another project registered, those of its records."""
+    if name not in DatasetCatalog.list():
+        close = difflib.get_close_matches(name, DatasetCatalog.list(), n=3)
+        raise InputError(
+            f"{name!r} is not a registered data set"
+            + (f"; close: {', '.join(close)}" * bool(close))
+        )
+    files = split_files(name)
+    if files is not None:
+        return files
+    records = DatasetCatalog.get(name)
+    labeled = all("sem_seg_file_name" in r for r in records)
+    return SplitFiles(
+        {r["file_name"]: r["file_name"] for r in records},
+        {r["file_name"]: r["sem_seg_file_name"] for r in records} if labeled else None,
+    )
+
+
+def _unpaired(files: SplitFiles) -> list[str]:
+    """A sentence for each file without its partner."""
+    problems = [f"{image}: listed in {files.images_in}, but not there" for image in files.absent]
+    for key in files.unlabeled():
+        problems.append(f"{files.images[key]}: no label {key}{files.label_suffix}")
+    for key in sorted((files.labels or {}).keys() - files.images.keys()):
+        problems.append(f"{files.labels[key]}: no image in {files.images_in}")
+    return problems
+
+
+def check(name: str, workers: int, folder: Path) -> bool:
+    """Check a data set, print what was found, write the sheet and the list of problems.
+
+    Args:
+        name: a registered data set.
+        workers: processes that read.
+        folder: where ``<name>.png`` and, if there are any, ``<name>_problems.txt`` go.
+
+    Returns:
+        Whether everything can be trained on.
+
+    Raises:
+        InputError: there is no such data set, or it has no files to check.
+    """
+    files = _files(name)
+    metadata = MetadataCatalog.get(name)
+    problems = _unpaired(files)
+    pairs = files.images.keys() - set(files.unlabeled())
+    records = [
+        {"file_name": path, "dataset_name": name}
+        | ({"sem_seg_file_name": files.labels[key]} if files.labels is not None else {})
+        for key, path in files.images.items()
+        if key in pairs
+    ]
+    if not records and not problems:
+        raise InputError(f"{files.images_in}: holds no image")
+    data = _Check(name, records)
+    workers = min(workers, len(records))
+    loader = DataLoader(data, batch_size=None, num_workers=workers, collate_fn=_as_it_is)
+    pixels = np.zeros(len(metadata.stuff_classes) + 1, np.int64)
+    images = np.zeros_like(pixels)
+    readable = []
+    for i, (counts, problem) in enumerate(tqdm(loader, name, unit="image")):
+        if problem:
+            problems.append(problem)
+            continue
+        readable.append(i)
+        pixels += counts
+        images += counts > 0
+
+    if files.labels is not None:
+        print(_class_table(metadata, pixels, images, len(readable)))
+    print(f"\n{name}: {_count_sentence(len(files.images), metadata)}")
+    if files.labels is None:
+        print("It is a test split: it has no labels.")
+    folder.mkdir(parents=True, exist_ok=True)
+    if readable:
+        _sheet(data, readable, metadata).savefig(folder / f"{name}.png", dpi=150)
+        print(f"Look at {folder / name}.png")
+    _say_problems(problems, folder / f"{name}_problems.txt")
+    return not problems
+
+
+def _count_sentence(count: int, metadata: Metadata) -> str:
+    published = metadata.get("published_count")
+    if published is None:
+        return f"{count:,} images"
+    if count == published:
+        return f"{count:,} images, as published"
+    return f"{count:,} images, not the published {published:,} ({count - published:+,})"
+
+
+def _class_table(metadata: Metadata, pixels: np.ndarray, images: np.ndarray, read: int) -> str:
+    values = metadata.get("label_ids") or range(len(metadata.stuff_classes))
+    names = [*metadata.stuff_classes, "(no ground truth)"]
+    ignored = metadata.get("label_ignored") or [metadata.ignore_label]
+    shown = [*values, f"{ignored[0]}{', ...' * (len(ignored) > 1)}"]
+    total, rows = max(1, pixels.sum()), []
+    for i, name in enumerate(names):
+        rows.append(
+            [
+                i if i < len(names) - 1 else metadata.ignore_label,
+                name,
+                shown[i],
+                f"{pixels[i]:,}",
+                f"{100 * pixels[i] / total:.3f}",
+                f"{images[i]:,}",
+                f"{100 * images[i] / max(1, read):.1f}",
+            ]
+        )
+    headers = ["class", "name", "value in file", "pixels", "% of pixels", "images", "% of images"]
+    table = tabulate(
+        rows, headers, colalign=("right", "left", *["right"] * 5), disable_numparse=True
+    )
+    absent = int((pixels[:-1] == 0).sum())
+    return table + (f"\n\n{absent} of {len(names) - 1} classes have no pixel here." * bool(absent))
+
+
+def _say_problems(problems: list[str], file: Path) -> None:
+    if not problems:
+        file.unlink(missing_ok=True)
+        print("No problems.")
+        return
+    file.write_text("\n".join(problems) + "\n")
+    print(f"\n{len(problems):,} problems:")
+    print("\n".join(problems[:SHOWN_PROBLEMS]))
+    if len(problems) > SHOWN_PROBLEMS:
+        print(f"... and {len(problems) - SHOWN_PROBLEMS:,} more")
+    print(f"All are in {file}")
+
+
+def _sheet(data: _Check, readable: list[int], metadata: Metadata) -> Figure:
+    """Rows of image, both, labels; from the whole length of the data set."""
+    places = np.linspace(0, len(readable) - 1, min(PICTURES, len(readable))).round().astype(int)
+    chosen = [readable[i] for i in dict.fromkeys(places.tolist())]
+    rows = []
+    for i in chosen:
+        image, labels = data.read(i)
+        scale = PICTURE_SIDE / max(image.shape[:2])
+        size = tuple(max(1, round(side * scale)) for side in image.shape[1::-1])
+        image = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
+        row = {"image": image}
+        if labels is not None:
+            labels = cv2.resize(labels.astype(np.int32), size, interpolation=cv2.INTER_NEAREST)
+            row["both"] = blend(image, labels, metadata.stuff_colors)
+            row["labels"] = labels
+        rows.append(row)
+    sheet = comparison_sheet(rows, metadata.stuff_classes, metadata.stuff_colors)
+    for axis, i in zip(sheet.axes[:: len(rows[0])], chosen, strict=True):
+        axis.text(
+            0.01, 0.02, os.path.basename(data.records[i]["file_name"]), transform=axis.transAxes,
+            fontsize=4, color="white", bbox={"facecolor": "black", "linewidth": 0, "pad": 1},
+        )  # fmt: skip
+    return sheet
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m mcibi_d2.tools.check_dataset", description=__doc__.split("\n")[0]
+    )
+    parser.add_argument("name", help="a data set as configs name it, such as ade20k_150_train")
+    parser.add_argument("--config-file", help="that describes it (DATASETS.OWN)")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (all CPUs)")
+    parser.add_argument(
+        "--output", type=Path, default=Path("output/check_dataset"), help="folder to write"
+    )
+    args = parser.parse_args()
+    try:
+        if args.config_file:
+            load_config(args.config_file)  # registers it
+        good = check(args.name, max(0, args.workers), args.output)
+    except InputError as error:
+        sys.exit(f"error: {error}")
+    sys.exit(0 if good else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,537 @@
+"""Look at your images and labels, and write a config that trains on them.
+
+python -m mcibi_d2.tools.init_dataset IMAGES LABELS --output my_dataset.yaml
+python -m mcibi_d2.tools.init_dataset manifest.json --output my_dataset.yaml
+"""
+
+import argparse
+import json
+import os
+import re
+import statistics
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import detection_utils
+from PIL import Image
+from tabulate import tabulate
+from tqdm import tqdm
+
+from mcibi_d2 import InputError
+from mcibi_d2.data.datasets import data_root
+from mcibi_d2.data.labels import label_colors, label_values
+from mcibi_d2.data.own import Pair, find_pairs, is_taken, palette, split_pairs
+from mcibi_d2.engine import load_config
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+BASE = CHECKOUT / "configs" / "ade20k" / "mcibi_R50.yaml"
+# More values than this are no classes.
+MOST_CLASSES = 1024
+# Released codes and the paper train ADE20K for 130 epochs; of a small set that is too little.
+EPOCHS, LEAST_ITERATIONS = 130, 5000
+# The border that the masks of Pascal VOC draw around objects.
+VOC_BORDER = (224, 224, 192)
+SHOWN = 10
+
+Color = tuple[int, int, int]
+
+
+class _Wrong(Exception):
+    """Why a pair cannot be used."""
+
+
+@dataclass
+class _Label:
+    """What one label file holds."""
+
+    size: tuple[int, int]
+    # Pixels of each value, or of each color.
+    pixels: dict
+    in_color: bool
+    # Of a palette, the color of each value.
+    palette: dict[int, Color] | None
+
+
+@dataclass
+class _Labels:
+    """What all label files hold."""
+
+    form: str
+    pixels: Counter
+    files: Counter
+    in_color: bool
+    palette: dict[int, Color]
+
+
+def _read(pair: Pair) -> _Label | str:
+    """The label of a pair, or what is wrong with the pair."""
+    try:
+        label = _read_label(pair.label)
+        try:
+            size = detection_utils.read_image(str(pair.image), "RGB").shape[:2]
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise _Wrong(f"{pair.image}: cannot be read as an image ({error})") from error
+        if label.size != size:
+            raise _Wrong(
+                f"{pair.label}: labels of {label.size[0]} x {label.size[1]} (height x width), its "
+                f"image has {size[0]} x {size[1]}"
+            )
+    except _Wrong as wrong:
+        return " ".join(str(wrong).split())
+    return label
+
+
+def _read_label(path: Path) -> _Label:
+    try:
+        with Image.open(path) as image:
+            if image.format == "JPEG":
+                raise _Wrong(f"{path}: a JPEG, whose compression changes labels, expected a PNG")
+            in_color = image.mode in ("RGB", "RGBA", "LA", "PA", "CMYK")
+            values = label_colors(image) if in_color else label_values(image)
+            colors = image.getpalette("RGB") if image.mode == "P" else None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise _Wrong(f"{path}: cannot be read as a label image ({error})") from error
+    if values.ndim != 2 or not np.issubdtype(values.dtype, np.integer):
+        raise _Wrong(f"{path}: pixels of type {values.dtype}, expected values or colors of classes")
+    pixels = _count(values)
+    if len(pixels) > MOST_CLASSES:
+        raise _Wrong(
+            f"{path}: {len(pixels)} {'colors' if in_color else 'values'}, too many for classes: a "
+            f"photograph, a smoothed mask or ids of objects, expected one value or color per class"
+        )
+    if in_color:
+        pixels = {_rgb(color): count for color, count in pixels.items()}
+    table = None
+    if colors is not None:
+        table = {value: tuple(colors[3 * value : 3 * value + 3]) for value in pixels}
+    return _Label(values.shape, pixels, in_color, table)
+
+
+def _count(values: np.ndarray) -> dict[int, int]:
+    """Pixels of each value. Labels come in runs, of which there are fewer than pixels."""
+    flat = values.ravel()
+    starts = np.flatnonzero(np.concatenate([[True], flat[1:] != flat[:-1]]))
+    lengths = np.diff(starts, append=flat.size)
+    found, place = np.unique(flat[starts], return_inverse=True)
+    counts = np.bincount(place, lengths).astype(np.int64)
+    return dict(zip(found.tolist(), counts.tolist(), strict=True))
+
+
+def _rgb(color: int) -> Color:
+    return color >> 16, color >> 8 & 255, color & 255
+
+
+def scan(pairs: list[Pair]) -> tuple[_Labels, Counter, dict[str, str]]:
+    """Read every file.
+
+    Returns:
+        What the labels hold, how many images have each (height, width), and what is wrong with
+        which images, by name.
+
+    Raises:
+        InputError: no pair can be used, or the labels have more than ``MOST_CLASSES`` values.
+    """
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        read = list(
+            tqdm(pool.map(_read, pairs), total=len(pairs), desc="Reading", unit="pair", leave=False)
+        )
+    wrong = {p.name: x for p, x in zip(pairs, read, strict=True) if isinstance(x, str)}
+    good = {p: x for p, x in zip(pairs, read, strict=True) if not isinstance(x, str)}
+
+    # Palettes that say different things of one value: the colors are the labels, not the values.
+    tables = [x.palette for x in good.values() if x.palette is not None]
+    meanings = {(value, color) for table in tables for value, color in table.items()}
+    colors = sum(x.in_color for x in good.values())
+    in_color = 2 * colors > len(good) or len(meanings) > len({value for value, _ in meanings})
+    pixels, files, sizes = Counter(), Counter(), Counter()
+    for pair, label in good.items():
+        counts = label.pixels
+        if in_color and not label.in_color and label.palette is not None:
+            counts = Counter()
+            for value, count in label.pixels.items():
+                counts[label.palette[value]] += count
+        elif label.in_color != in_color:
+            kind, others = ("colors", "values") if label.in_color else ("values", "colors")
+            wrong[pair.name] = f"{pair.label}: holds {kind}, most labels hold {others}"
+            continue
+        pixels.update(counts)
+        files.update(counts.keys())
+        sizes[label.size] += 1
+    if not pixels:
+        raise InputError(
+            f"none of {len(pairs)} pairs can be used, expected some; {next(iter(wrong.values()))}"
+        )
+    if len(pixels) > MOST_CLASSES:
+        raise InputError(
+            f"the labels hold {len(pixels)} {'colors' if in_color else 'values'}, too many for "
+            f"classes: smoothed masks or ids of objects, expected one value or color per class"
+        )
+    form = "values" if not tables else "indices of a palette"
+    if in_color:
+        form = "colors" if not tables else "colors, in palettes that differ between the files"
+    return _Labels(form, pixels, files, in_color, dict(meanings)), sizes, wrong
+
+
+def guess_ignored(labels: _Labels) -> tuple[set, list[str]]:
+    """The values or colors that are probably no class, and sentences that say why or why not."""
+    found = sorted(labels.pixels)
+    if labels.in_color:
+        said = []
+        if (0, 0, 0) in labels.pixels:
+            said.append(
+                "Black is read as a class; if it means 'not labelled', run this again with "
+                "--ignore 0,0,0."
+            )
+        if VOC_BORDER in labels.pixels:
+            return {VOC_BORDER}, [
+                *said,
+                "224,224,192 is ignored: Pascal VOC's masks draw borders with it. If it is a "
+                "class, run this again with --ignore and the colors to ignore, if any.",
+            ]
+        return set(), said
+    if len(found) == 2 and found[0] == 0:
+        return set(), [
+            f"0 and {found[1]} alone are a mask: two classes, 'background' and 'object', and "
+            f"nothing is ignored."
+            + (
+                " (255 often means 'ignore', but then one class would be left.)"
+                if found[1] == 255
+                else ""
+            )
+        ]
+    said = []
+    if found[0] == 0:
+        said.append(
+            "0 is read as a class; if it means 'not labelled', run this again with --ignore 0"
+            + (" and the others to ignore." if found[-1] in (255, 65535) else ".")
+        )
+    *others, last = found
+    # Three or more levels of gray, such as 0, 127, 255, are classes.
+    numbered = len(others) > 1 and (others[-1] < 100 or len(others) > 16)
+    if last in (255, 65535) and numbered and last > others[-1] + 1:
+        return {last}, [
+            *said,
+            f"{last} is ignored: it is the usual value for it, and the others end at "
+            f"{others[-1]}. If it is a class, run this again with --ignore and the values to "
+            f"ignore, if any.",
+        ]
+    return set(), said
+
+
+def _parse_ignored(texts: list[str], labels: _Labels) -> set:
+    """Of ``--ignore``: values, or colors as 224,224,192."""
+    ignored = set()
+    for text in texts:
+        parts = text.split(",")
+        if len(parts) != (3 if labels.in_color else 1) or not all(p.isdecimal() for p in parts):
+            expected = "a color such as 224,224,192" if labels.in_color else "a value such as 255"
+            raise InputError(f"--ignore {text}: expected {expected}, as the labels hold")
+        value = tuple(map(int, parts)) if labels.in_color else int(text)
+        if value not in labels.pixels:
+            raise InputError(f"--ignore {text}: no label holds it, expected one that they hold")
+        ignored.add(value)
+    return ignored
+
+
+def name_classes(classes: list, labels: _Labels) -> tuple[list[str], list[list[int]]]:
+    """Names and colors to begin with."""
+    if labels.in_color:
+        names = ["color_{}_{}_{}".format(*color) for color in classes]
+        # Values that were saved in three equal channels are too dark to tell apart.
+        gray = all(len(set(color)) == 1 for color in classes)
+        return names, palette(len(classes)) if gray else [list(color) for color in classes]
+    names = [f"class_{value}" for value in classes]
+    if len(labels.pixels) == 2 and classes[0] == 0:
+        names = ["background", "object"]
+    colors = {labels.palette.get(value) for value in classes} - {None}
+    if len(colors) == len(classes):
+        return names, [list(labels.palette[value]) for value in classes]
+    return names, palette(len(classes))
+
+
+def _text(value) -> str:
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def write_report(
+    labels: _Labels, sizes: Counter, wrong: dict[str, str], alone: list[Path], names: dict
+) -> None:
+    """Say what was found."""
+    heights, widths = zip(*sizes.elements(), strict=True)
+    span = [
+        f"{min(side)}" if min(side) == max(side) else f"{min(side)}..{max(side)}"
+        for side in (heights, widths)
+    ]
+    print(f"{len(heights)} images of {span[0]} x {span[1]} (height x width) with labels.")
+    print(f"The labels hold {labels.form}:\n")
+    total = sum(labels.pixels.values())
+    rows = [
+        [
+            _text(value),
+            f"{100 * count / total:.3g} %",
+            labels.files[value],
+            names.get(value, "ignored"),
+        ]
+        for value, count in sorted(labels.pixels.items())
+    ]
+    headers = ["color" if labels.in_color else "value", "pixels", "files", "read as"]
+    print(tabulate(rows, headers, stralign="right", disable_numparse=True), end="\n\n")
+    for title, lines in (
+        ("Without a partner, left out", list(map(str, alone))),
+        ("Cannot be used, left out (DATASETS.OWN.EXCLUDED)", list(wrong.values())),
+    ):
+        if lines:
+            print(f"{title}: {len(lines)}")
+            for line in lines[:SHOWN]:
+                print(f"  {line}")
+            if len(lines) > SHOWN:
+                print(f"  and {len(lines) - SHOWN} more")
+
+
+def _portable(path: Path) -> str:
+    """Below DETECTRON2_DATASETS if it is set and the path is there, else absolute."""
+    if "DETECTRON2_DATASETS" in os.environ:
+        root = Path(os.path.abspath(data_root()))
+        if path.is_relative_to(root) and path != root:
+            return str(path.relative_to(root))
+    return str(path)
+
+
+def write_config(
+    own: CfgNode,
+    base: str,
+    base_cfg: CfgNode,
+    images: int,
+    sizes: Counter,
+    notes: list[str],
+    wrong: dict[str, str],
+) -> str:
+    """The text of the config.
+
+    Args:
+        own: ``DATASETS.OWN``.
+        base: file of the base config, as the text names it.
+        base_cfg: what it holds.
+        images: number of training images.
+        sizes: how many images have each (height, width).
+        notes: of each class, a comment.
+        wrong: why each of ``EXCLUDED`` is there.
+    """
+    solver, head = base_cfg.SOLVER, base_cfg.MODEL.SEM_SEG_HEAD
+    count = len(own.CLASS_NAMES)
+    wanted = EPOCHS * images // solver.IMS_PER_BATCH
+    iterations = min(solver.MAX_ITER, max(wanted, LEAST_ITERATIONS))
+    middle = [statistics.median_low(side) for side in zip(*sizes.elements(), strict=True)]
+    crop = [min(pair) for pair in zip(base_cfg.INPUT.CROP.SIZE, middle, strict=True)]
+    lines = [
+        f"# The data set {own.NAME}: edit the names and colors of its classes.",
+        f"_BASE_: {_quoted(base)}",
+        "DATASETS:",
+        f"  TRAIN: {_quoted([f'{own.NAME}_train'])}",
+        f"  TEST: {_quoted([f'{own.NAME}_val'] if own.VAL or own.VAL_SHARE else [])}",
+        "  OWN:",
+        f"    NAME: {own.NAME}",
+        "    # [images, labels], or a list or manifest; absolute or below DETECTRON2_DATASETS.",
+        f"    TRAIN: {_quoted(own.TRAIN)}",
+        f"    VAL: {_quoted(own.VAL)}",
+        "    # Without VAL: the share of TRAIN that is held out for evaluation.",
+        f"    VAL_SHARE: {own.VAL_SHARE}",
+        *_block("EXCLUDED", own.EXCLUDED, [wrong[name] for name in own.EXCLUDED]),
+        *_block("CLASS_NAMES", own.CLASS_NAMES, notes),
+        "    # Red, green and blue to draw with.",
+        *_block("CLASS_COLORS", own.CLASS_COLORS, own.CLASS_NAMES),
+    ]
+    if own.LABEL_COLORS:
+        lines += [
+            "    # Colors of the label files: of each class, and those that are ignored.",
+            *_block("LABEL_COLORS", own.LABEL_COLORS, own.CLASS_NAMES),
+            f"    IGNORED_COLORS: {_quoted(own.IGNORED_COLORS)}",
+        ]
+    else:
+        lines += [
+            "    # Values of the label files: of each class, and those that are ignored.",
+            f"    LABEL_IDS: {_quoted(own.LABEL_IDS)}",
+            f"    LABEL_IGNORED: {_quoted(own.LABEL_IGNORED)}",
+        ]
+    lines += ["MODEL:", "  SEM_SEG_HEAD:", f"    NUM_CLASSES: {count}"]
+    if head.CLASS_WEIGHTS:
+        lines.append("    CLASS_WEIGHTS: []")
+    if count > head.IGNORE_VALUE:
+        lines.append("    IGNORE_VALUE: 65535")
+    lines += [
+        "INPUT:",
+        "  CROP:",
+        f"    SIZE: {_quoted(crop)}",
+        "  # Evaluate at the images' own size.",
+        "  MIN_SIZE_TEST: 0",
+        "SOLVER:",
+        f"  # {EPOCHS} epochs are {EPOCHS} * {images} / {solver.IMS_PER_BATCH} = {wanted} "
+        f"iterations; here at least {LEAST_ITERATIONS},\n"
+        f"  # and no more than the {solver.MAX_ITER} of the base.",
+        f"  MAX_ITER: {iterations}",
+        f"  CHECKPOINT_PERIOD: {max(1, iterations // 10)}",
+        "TEST:",
+        f"  EVAL_PERIOD: {max(1, iterations // 10)}",
+        f"OUTPUT_DIR: {_quoted(f'output/{own.NAME}')}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _quoted(value) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _block(key: str, values: Iterable, notes: list[str]) -> list[str]:
+    """A key of ``DATASETS.OWN`` with an entry and its comment on each line."""
+    if not values:
+        return [f"    {key}: []"]
+    entries = [_quoted(value) for value in values]
+    width = max(map(len, entries))
+    return [f"    {key}:"] + [
+        f"    - {entry:{width}}  # {note}" for entry, note in zip(entries, notes, strict=True)
+    ]
+
+
+def _source(images: Path, labels: Path | None, option: str) -> list[str]:
+    """``DATASETS.OWN.TRAIN`` or ``VAL``, of paths of the command line."""
+    if images.is_dir() and labels is None:
+        raise InputError(f"{images}: a folder of images, expected {option} beside it")
+    paths = [images] if labels is None else [images, labels]
+    return [_portable(Path(os.path.abspath(path.expanduser()))) for path in paths]
+
+
+def init_dataset(args: argparse.Namespace) -> None:
+    """Look at the files, report, and write the config.
+
+    Raises:
+        InputError: why no config can be written.
+    """
+    if args.output.exists() and not args.force:
+        raise InputError(f"{args.output}: exists already, expected a new file, or --force")
+    if not args.output.parent.is_dir():
+        raise InputError(f"{args.output.parent}: no such folder, for --output")
+    base_cfg = load_config(str(args.base))
+    own = base_cfg.DATASETS.OWN
+    if own.NAME:
+        raise InputError(f"--base {args.base}: has a data set of its own, expected a model alone")
+    own.NAME = re.sub(r"\W", "_", args.output.stem)
+    if is_taken(own.NAME):
+        raise InputError(
+            f"{args.output}: the data set would be called {own.NAME}, which there is already, "
+            f"expected another file name"
+        )
+    own.TRAIN = _source(args.images, args.labels, "LABELS")
+    if args.val_images is not None:
+        own.VAL = _source(args.val_images, args.val_labels, "--val-labels")
+    elif args.val_labels is not None:
+        raise InputError("--val-labels needs --val-images, which is not given")
+    if not 0 <= args.val_share < 1:
+        raise InputError(f"--val-share is {args.val_share}, expected 0 <= share < 1")
+    own.VAL_SHARE = 0.0 if own.VAL else args.val_share
+
+    found = [find_pairs(source) for source in (own.TRAIN, own.VAL) if source]
+    pairs = [pair for some, _ in found for pair in some]
+    labels, sizes, wrong = scan(pairs)
+    own.EXCLUDED = sorted(wrong)
+    train = split_pairs(own, "train")[0]
+    val = split_pairs(own, "val")[0] if own.VAL or own.VAL_SHARE else []
+
+    ignored, said = guess_ignored(labels)
+    if args.ignore is not None:
+        ignored, said = _parse_ignored(args.ignore, labels), []
+    twice = {pair.image for pair in train} & {pair.image for pair in val}
+    if twice:
+        said.append(f"{len(twice)} images are both for training and for evaluation: {min(twice)}")
+    classes = sorted(set(labels.pixels) - ignored)
+    if len(classes) < 2:
+        raise InputError(
+            f"the labels hold one class, {', '.join(map(_text, classes)) or 'none'}, expected two "
+            f"or more beside what is ignored"
+        )
+    own.CLASS_NAMES, own.CLASS_COLORS = name_classes(classes, labels)
+    if labels.in_color:
+        own.LABEL_COLORS = [list(color) for color in classes]
+        own.IGNORED_COLORS = [list(color) for color in sorted(ignored)]
+    else:
+        own.LABEL_IDS, own.LABEL_IGNORED = classes, sorted(ignored)
+    alone = [path for _, some in found for path in some]
+    names = dict(zip(classes, own.CLASS_NAMES, strict=True))
+    write_report(labels, sizes, wrong, alone, names)
+    for sentence in said:
+        print(sentence)
+
+    base = Path(os.path.abspath(args.base))
+    folder = Path(os.path.abspath(args.output)).parent
+    if folder.is_relative_to(CHECKOUT) and base.is_relative_to(CHECKOUT):
+        base = os.path.relpath(base, folder)
+    total = sum(labels.pixels.values())
+    kind = "color" if labels.in_color else "value"
+    notes = [
+        f"{kind} {_text(x)}, {100 * labels.pixels[x] / total:.3g} % of pixels" for x in classes
+    ]
+    text = write_config(own, str(base), base_cfg, len(train), sizes, notes, wrong)
+    _write(args.output, text)
+    fits = base_cfg.MODEL.DEVICE == "cpu" or torch.cuda.is_available()
+    print(
+        f"\nWrote {args.output}: {len(classes)} classes, {len(train)} images to train on, "
+        f"{len(val)} to evaluate on. Edit names, colors and schedule in it; next type:\n"
+        f"python train_net.py --config-file {args.output}" + ("" if fits else " MODEL.DEVICE cpu")
+    )
+    if not fits:
+        print("On a CPU, --base configs/camvid/mcibi_MobileNetV2.yaml is a smaller network.")
+
+
+def _write(output: Path, text: str) -> None:
+    """Write the config if it can be loaded."""
+    with tempfile.NamedTemporaryFile(
+        "w", dir=output.parent, prefix=f".{output.stem}_", suffix=".yaml", encoding="utf-8"
+    ) as file:
+        file.write(text)
+        file.flush()
+        load_config(file.name)
+    output.write_text(text, encoding="utf-8")
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m mcibi_d2.tools.init_dataset", description=__doc__.split("\n")[0]
+    )
+    parser.add_argument(
+        "images", type=Path,
+        help="folder of images; or a list (an image and its label on each line) or a manifest "
+             "(.json or .yaml, a list of {image, label}), with paths relative to the file",
+    )  # fmt: skip
+    parser.add_argument(
+        "labels", type=Path, nargs="?", help="folder of label files with the images' names"
+    )
+    parser.add_argument("--output", type=Path, required=True, help="config to write, e.g. my.yaml")
+    parser.add_argument("--val-images", type=Path, help="as IMAGES, for evaluation")
+    parser.add_argument("--val-labels", type=Path, help="as LABELS, for evaluation")
+    parser.add_argument(
+        "--val-share", type=float, default=0.1,
+        help="without --val-images: share held out for evaluation; 0 for none (0.1)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--ignore", nargs="*", metavar="VALUE",
+        help="values (255) or colors (224,224,192) without ground truth, instead of a guess; "
+             "nothing after it: none",
+    )  # fmt: skip
+    parser.add_argument("--base", type=Path, default=BASE, help="config of the model and recipe")
+    parser.add_argument("--force", action="store_true", help="overwrite the config")
+    try:
+        init_dataset(parser.parse_args())
+    except InputError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
