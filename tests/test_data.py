@@ -6,14 +6,12 @@ import pytest
 import torch
 from conftest import make_tiny_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog, detection_utils
-from detectron2.data import transforms as T
 from detectron2.utils.file_io import PathManager
 from PIL import Image
 
 import mcibi_d2
 from mcibi_d2 import InputError
 from mcibi_d2.data import SemSegMapper, build_train_loader, scenes
-from mcibi_d2.data.augmentation import RandomScale, build_train_augmentation
 from mcibi_d2.data.labels import read_labels
 from mcibi_d2.data.loader import move_to_iteration
 
@@ -185,7 +183,7 @@ def test_home_folder_is_expanded(root, monkeypatch):
     assert len(DatasetCatalog.get("ade20k_150_val")) == 3
 
 
-# --- mapper and augmentation
+# --- mapper
 
 
 def test_mapper_in_training_and_in_evaluation(root, tmp_path):
@@ -204,30 +202,6 @@ def test_record_without_label_is_refused_in_training(root, tiny_cfg):
     record = {"file_name": DatasetCatalog.get("camvid_11_val")[0]["file_name"]}
     with pytest.raises(InputError, match="has no sem_seg_file_name"):
         SemSegMapper(tiny_cfg, True)(record)
-
-
-def test_image_and_labels_are_moved_alike(tmp_path):
-    cfg = make_tiny_cfg(tmp_path, "INPUT.COLOR_AUG_SSD", "False")
-    labels = np.random.default_rng(0).integers(0, 16, (8, 9)).repeat(10, 0).repeat(10, 1)
-    image = np.repeat(labels[..., None], 3, axis=2).astype(np.uint8)
-    for seed in range(5):
-        np.random.seed(seed)
-        inputs = T.AugInput(image, sem_seg=labels.astype(np.uint8))
-        T.AugmentationList(build_train_augmentation(cfg))(inputs)
-        valid = inputs.sem_seg != 255
-        assert inputs.image.shape == (65, 97, 3) and valid.any()
-        # Interpolation mixes the image at borders only.
-        same = inputs.image[..., 0][valid] == inputs.sem_seg[valid]
-        assert same.mean() > 0.6
-        assert (inputs.image[~valid] == 128).all()
-
-
-def test_random_scale_is_a_factor_of_the_image():
-    for seed in range(20):
-        np.random.seed(seed)
-        transform = RandomScale(0.5, 2.0).get_transform(np.zeros((100, 40, 3)))
-        assert 50 <= transform.new_h <= 200
-        assert abs(transform.new_h / 100 - transform.new_w / 40) < 0.02
 
 
 # --- the order of training

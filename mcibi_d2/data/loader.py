@@ -3,13 +3,18 @@
 import random
 from collections.abc import Callable, Iterable, Iterator
 
+import cv2
 import numpy as np
 import torch
 from detectron2.data import build_detection_train_loader, get_detection_dataset_dicts
 from detectron2.utils import comm
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset, Sampler, get_worker_info
 
+from ..errors import InputError
 from .mapper import SemSegMapper
+
+# So many bad samples in a row are not a few bad files, but a wrong folder.
+MAX_SKIPPED = 100
 
 
 class TrainingStream(Dataset):
@@ -23,12 +28,21 @@ class TrainingStream(Dataset):
         records: of the data set.
         mapper: from a record to a sample.
         seed: of the stream.
+        skip_bad: whether a sample that the mapper refuses is replaced by the next good one of the
+            same pass, which is a function of the seed and p, too.
     """
 
-    def __init__(self, records: list[dict], mapper: Callable[[dict], dict], seed: int):
+    def __init__(
+        self,
+        records: list[dict],
+        mapper: Callable[[dict], dict],
+        seed: int,
+        skip_bad: bool = False,
+    ):
         self.records = records
         self.mapper = mapper
         self.seed = seed
+        self.skip_bad = skip_bad
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
 
     def __len__(self) -> int:
@@ -36,19 +50,42 @@ class TrainingStream(Dataset):
         return len(self.records)
 
     def __getitem__(self, position: int) -> dict:
-        """The sample at a position of the stream (0, 1, 2, ... without end)."""
+        """The sample at a position of the stream (0, 1, 2, ... without end).
+
+        Its ``position`` is in it, and in ``skipped`` why others were not taken, one sentence each.
+
+        Raises:
+            InputError: the sample is bad; with ``skip_bad``: all are, or very many in a row.
+        """
         epoch, place = divmod(position, len(self.records))
         if self._order[0] != epoch:
             order = np.random.default_rng([self.seed, epoch]).permutation(len(self.records))
             self._order = (epoch, order)
-        record = self.records[self._order[1][place]]
-        # The two generators that Detectron2's augmentations draw from.
-        state = int(np.random.SeedSequence([self.seed, position, 1]).generate_state(1)[0])
-        np.random.seed(state)
-        random.seed(state)
-        sample = self.mapper(record)
-        sample["position"] = position
-        return sample
+            if get_worker_info() is not None:
+                cv2.setNumThreads(0)  # a worker is one of many: threads of its own get in their way
+        skipped: list[str] = []
+        tries = min(len(self.records), MAX_SKIPPED) if self.skip_bad else 1
+        for further in range(tries):
+            record = self.records[self._order[1][(place + further) % len(self.records)]]
+            # The two generators that Detectron2's augmentations draw from.
+            state = int(np.random.SeedSequence([self.seed, position, 1]).generate_state(1)[0])
+            np.random.seed(state)
+            random.seed(state)
+            try:
+                sample = self.mapper(record)
+            except InputError as error:
+                if not self.skip_bad:
+                    raise
+                skipped.append(str(error))
+                continue
+            sample["position"] = position
+            if skipped:
+                sample["skipped"] = skipped
+            return sample
+        raise InputError(
+            f"{skipped[0]}; the {tries - 1} samples after it are bad, too, expected a good one for "
+            f"DATALOADER.SKIP_BAD to take"
+        )
 
 
 class StreamSampler(Sampler):
@@ -85,7 +122,12 @@ def build_train_loader(cfg, mapper: Callable[[dict], dict] | None = None):
     """
     records = get_detection_dataset_dicts(cfg.DATASETS.TRAIN, filter_empty=False)
     return build_detection_train_loader(
-        TrainingStream(records, mapper or SemSegMapper(cfg, True), max(cfg.SEED, 0)),
+        TrainingStream(
+            records,
+            mapper or SemSegMapper(cfg, True),
+            max(cfg.SEED, 0),
+            cfg.DATALOADER.SKIP_BAD,
+        ),
         mapper=None,
         sampler=StreamSampler(0, comm.get_rank(), comm.get_world_size()),
         total_batch_size=cfg.SOLVER.IMS_PER_BATCH,

@@ -4,14 +4,72 @@ import copy
 
 import numpy as np
 import torch
-from detectron2.config import configurable
-from detectron2.data import detection_utils
+from detectron2.config import CfgNode, configurable
+from detectron2.data import MetadataCatalog, detection_utils
 from detectron2.data import transforms as T
-from PIL import Image
+from detectron2.utils.file_io import PathManager
+from PIL import ExifTags, Image, ImageOps
 
 from ..errors import InputError
-from .augmentation import build_test_augmentation, build_train_augmentation
+from .augmentation import SemSegInput, build_test_augmentation, build_train_augmentation
 from .labels import read_labels
+from .own import register_own_dataset
+
+# Of EXIF's eight orientations, those that exchange height and width.
+_SIDEWAYS = (5, 6, 7, 8)
+
+
+def read_image(file_name: str, image_format: str, label_file: str | None = None) -> np.ndarray:
+    """Read an image as Detectron2 does, with what it leaves open.
+
+    Any number of channels and colour space that Pillow knows (grayscale, CMYK, palette, alpha)
+    becomes three channels; 16 bits become the upper 8 of them. An image is turned as its EXIF tag
+    says, unless its labels have the size of the image as it is stored. (Where both have the same
+    size, the labels are taken to fit the turned one.)
+
+    Args:
+        file_name: any image that Pillow reads.
+        image_format: ``RGB`` or ``BGR``.
+        label_file: of the image's labels. Only the size in its header is looked at, and only if
+            the image is to be turned sideways.
+
+    Returns:
+        (H, W, 3) uint8.
+
+    Raises:
+        InputError: naming the file.
+    """
+    try:
+        with PathManager.open(file_name, "rb") as file, Image.open(file) as image:
+            orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+            as_stored = orientation in _SIDEWAYS and _size_in_header(label_file) == image.size
+            if orientation != 1 and not as_stored:
+                image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I"):
+                image = _upper_8_bits(image)
+            if image.mode == "F":
+                raise ValueError("floating-point values, expected 8 or 16 bits")
+            array = detection_utils.convert_PIL_to_numpy(image, image_format)
+    # Pillow's decoders raise whatever their libraries do.
+    except Exception as error:
+        raise InputError(f"{file_name}: cannot be read as an image ({error})") from error
+    return np.ascontiguousarray(array)
+
+
+def _size_in_header(file_name: str | None) -> tuple[int, int] | None:
+    """(width, height), None if there is no such file or it is no image."""
+    try:
+        with PathManager.open(file_name, "rb") as file, Image.open(file) as image:
+            return image.size
+    except Exception:
+        return None  # whoever reads the labels will say so
+
+
+def _upper_8_bits(image: Image.Image) -> Image.Image:
+    values = np.asarray(image)
+    if values.min() < 0 or values.max() > 65535:
+        raise ValueError(f"values {values.min()}..{values.max()}, expected 8 or 16 bits")
+    return Image.fromarray((values >> 8).astype(np.uint8))
 
 
 class SemSegMapper:
@@ -21,8 +79,9 @@ class SemSegMapper:
         is_train: whether labels are read. At test time they are the evaluator's business.
         augmentations: applied to image and labels alike.
         image_format: ``RGB`` or ``BGR``.
-        dataset_name: whose label table is used for records that do not name their data set
-            (key ``dataset_name``).
+        dataset_name: whose metadata (label table, ``flip_pairs``) hold for records that do not
+            name their data set (key ``dataset_name``).
+        own_config: whose ``DATASETS.OWN`` worker processes register; None for none.
     """
 
     @configurable
@@ -33,11 +92,19 @@ class SemSegMapper:
         augmentations: list[T.Augmentation],
         image_format: str = "RGB",
         dataset_name: str | None = None,
+        own_config: CfgNode | None = None,
     ):
         self.is_train = is_train
         self.augmentations = T.AugmentationList(augmentations)
         self.image_format = image_format
         self.dataset_name = dataset_name
+        self.own_config = own_config
+
+    def __setstate__(self, state: dict) -> None:
+        """Register the own data set in a worker process that was started, not forked."""
+        self.__dict__.update(state)
+        if self.own_config is not None:
+            register_own_dataset(self.own_config)
 
     @classmethod
     def from_config(cls, cfg, is_train: bool) -> dict:
@@ -49,6 +116,7 @@ class SemSegMapper:
             else build_test_augmentation(cfg),
             "image_format": cfg.INPUT.FORMAT,
             "dataset_name": cfg.DATASETS.TRAIN[0] if is_train else None,
+            "own_config": cfg if cfg.DATASETS.OWN.NAME else None,
         }
 
     def __call__(self, record: dict) -> dict:
@@ -65,28 +133,44 @@ class SemSegMapper:
             InputError: naming the file that cannot be read or does not fit.
         """
         record = copy.copy(record)
-        file_name = record["file_name"]
-        try:
-            image = detection_utils.read_image(file_name, self.image_format)
-        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-            raise InputError(f"{file_name}: cannot be read as an image ({error})") from error
-        record["height"], record["width"] = image.shape[:2]
-
         label_file = record.pop("sem_seg_file_name", None)
-        labels = None
-        if self.is_train:
-            if label_file is None:
-                raise InputError(
-                    f"{file_name}: its record has no sem_seg_file_name, which training needs"
-                )
-            name = record.get("dataset_name", self.dataset_name)
-            labels = read_labels(label_file, name, image.shape[:2])
-            # Detectron2 resizes label maps of these two types only.
-            labels = labels.astype(np.uint8 if labels.max() < 256 else np.float32)
-        inputs = T.AugInput(image, sem_seg=labels)
+        image = read_image(record["file_name"], self.image_format, label_file)
+        record["height"], record["width"] = image.shape[:2]
+        if not self.is_train:
+            inputs = SemSegInput(image)
+        elif label_file is None:
+            raise InputError(
+                f"{record['file_name']}: its record has no sem_seg_file_name, which training needs"
+            )
+        else:
+            inputs = self.with_labels(image, label_file, record.get("dataset_name"))
         self.augmentations(inputs)
-
-        record["image"] = torch.from_numpy(np.ascontiguousarray(inputs.image.transpose(2, 0, 1)))
-        if labels is not None:
-            record["sem_seg"] = torch.from_numpy(np.ascontiguousarray(inputs.sem_seg)).long()
+        record.update(self.to_tensors(inputs))
         return record
+
+    def with_labels(
+        self, image: np.ndarray, label_file: str, dataset_name: str | None = None
+    ) -> SemSegInput:
+        """An image and its labels, to be augmented.
+
+        Args:
+            image: (H, W, 3) uint8.
+            label_file: of the image's size.
+            dataset_name: default: that of the mapper.
+        """
+        name = dataset_name or self.dataset_name
+        metadata = MetadataCatalog.get(name)
+        labels = read_labels(label_file, name, image.shape[:2])
+        # Detectron2 resizes label maps of these two types only.
+        largest = max(labels.max(), metadata.get("ignore_label", 255))
+        labels = labels.astype(np.uint8 if largest < 256 else np.float32)
+        return SemSegInput(image, sem_seg=labels, flip_pairs=metadata.get("flip_pairs", ()))
+
+    @staticmethod
+    def to_tensors(inputs: SemSegInput) -> dict[str, torch.Tensor]:
+        """``image`` and, where there are labels, ``sem_seg``, as the model takes them."""
+        image = np.ascontiguousarray(inputs.image.transpose(2, 0, 1))
+        tensors = {"image": torch.from_numpy(image)}
+        if inputs.sem_seg is not None:
+            tensors["sem_seg"] = torch.from_numpy(inputs.sem_seg.astype(np.int64, order="C"))
+        return tensors
