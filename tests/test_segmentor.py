@@ -7,7 +7,7 @@ from conftest import make_tiny_cfg
 from detectron2.modeling import build_model
 
 from mcibi_d2.modeling import MCIBISegmentor
-from mcibi_d2.modeling.segmentor import resize_logits
+from mcibi_d2.modeling.resize import resize_logits
 
 
 @pytest.fixture

@@ -1,5 +1,7 @@
 """Evaluation of semantic segmentation."""
 
 from .evaluator import SemSegEvaluator
+from .results import Results, read_results
+from .tta import SemanticSegmentorWithTTA
 
-__all__ = ["SemSegEvaluator"]
+__all__ = ["Results", "SemSegEvaluator", "SemanticSegmentorWithTTA", "read_results"]

@@ -1,7 +1,6 @@
-"""The meta-architecture: normalise -> backbone -> head -> resize."""
+"""The meta-architecture: normalise -> backbone -> head -> resize, for the image or for windows."""
 
 import torch
-import torch.nn.functional as F
 from detectron2.config import configurable
 from detectron2.modeling import (
     META_ARCH_REGISTRY,
@@ -12,6 +11,9 @@ from detectron2.modeling import (
 from detectron2.structures import ImageList
 from torch import Tensor, nn
 
+from .score_maps import ResizedMap, ScoreMap
+from .sliding import SlidingWindow, WindowedMap
+
 
 @META_ARCH_REGISTRY.register()
 class MCIBISegmentor(nn.Module):
@@ -19,13 +21,20 @@ class MCIBISegmentor(nn.Module):
 
     Unlike Detectron2's ``SemanticSegmentor`` it brings the logits from the head's stride to the
     size of the image in one interpolation, whatever the padding, and makes no full-size tensor
-    in between.
+    in between. Where the result would exceed ``memory_budget_mb``, it gives labels instead of
+    logits.
+
+    Attributes:
+        labels_only: give labels instead of logits for every image. They are made several times
+            faster, and in a fraction of the memory.
 
     Args:
         backbone: a Detectron2 backbone.
         sem_seg_head: a head with ``ignore_value``; see :class:`MCIBIHead` for its contract.
         pixel_mean: per channel, in the order and range (0..255) of the input.
         pixel_std: per channel.
+        sliding: how images are cut into windows at test time; None: they are not.
+        memory_budget_mb: MiB that the logits of an image may take at its own size.
     """
 
     @configurable
@@ -36,22 +45,37 @@ class MCIBISegmentor(nn.Module):
         sem_seg_head: nn.Module,
         pixel_mean: tuple[float, ...],
         pixel_std: tuple[float, ...],
+        sliding: SlidingWindow | None = None,
+        memory_budget_mb: float = 1024,
     ):
         super().__init__()
         self.backbone = backbone
         self.sem_seg_head = sem_seg_head
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), False)
+        self.sliding = sliding
+        self.memory_budget_mb = memory_budget_mb
+        self.labels_only = False
 
     @classmethod
     def from_config(cls, cfg) -> dict:
         """Arguments of ``__init__`` from a config."""
         backbone = build_backbone(cfg)
+        slide = cfg.TEST.SLIDE
+        sliding = SlidingWindow(
+            tuple(slide.WINDOW),
+            tuple(slide.STRIDE),
+            slide.WEIGHTS,
+            slide.ACCUMULATE_ON_CPU,
+            slide.BATCH_SIZE,
+        )
         return {
             "backbone": backbone,
             "sem_seg_head": build_sem_seg_head(cfg, backbone.output_shape()),
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,
             "pixel_std": cfg.MODEL.PIXEL_STD,
+            "sliding": sliding if cfg.TEST.INFERENCE == "slide" else None,
+            "memory_budget_mb": cfg.TEST.MEMORY_BUDGET_MB,
         }
 
     @property
@@ -79,12 +103,16 @@ class MCIBISegmentor(nn.Module):
                 - ``height``, ``width``: size of the result, in inference; default: the image's.
 
         Returns:
-            The losses in training. Else one dict per image, with ``sem_seg`` (K, height, width):
-            the logits.
+            The losses in training. Else one dict per image, with one of
+
+            - ``sem_seg``: (K, height, width) float32, the logits;
+            - ``labels``: (height, width), the class of the largest logit, uint8 up to 255 classes,
+              else int32; K, which is no class, where a logit is NaN. Instead of ``sem_seg`` where
+              it would exceed the memory budget, and with ``labels_only``.
         """
-        images = self.preprocess(batched_inputs)
-        features = self.backbone(images.tensor)
         if self.training:
+            images = self.preprocess(batched_inputs)
+            features = self.backbone(images.tensor)
             targets = [x["sem_seg"].to(self.device, non_blocking=True) for x in batched_inputs]
             targets = ImageList.from_tensors(
                 targets, self.backbone.size_divisibility, self.sem_seg_head.ignore_value
@@ -92,46 +120,55 @@ class MCIBISegmentor(nn.Module):
             _, losses = self.sem_seg_head(features, targets)
             return losses
 
-        logits, _ = self.sem_seg_head(features)
         results = []
-        for image_logits, size, x in zip(logits, images.image_sizes, batched_inputs, strict=True):
-            out_size = (x.get("height", size[0]), x.get("width", size[1]))
-            resized = resize_logits(image_logits, images.tensor.shape[-2:], size, out_size)
-            results.append({"sem_seg": resized})
+        for scores in self.score_maps(batched_inputs):
+            if self.labels_only or scores.nbytes > self.memory_budget_mb * 2**20:
+                results.append({"labels": scores.labels()})
+            else:
+                results.append({"sem_seg": scores.scores()})
         return results
 
+    def score_maps(self, batched_inputs: list[dict]) -> list[ScoreMap]:
+        """The logits of each image of a batch at its own size, not made yet.
 
-def resize_logits(
-    logits: Tensor, padded_size: tuple[int, int], size: tuple[int, int], out_size: tuple[int, int]
-) -> Tensor:
-    """Bring logits from the head's stride to an image's size in one bilinear interpolation.
+        Args:
+            batched_inputs: as of :meth:`forward`.
+        """
+        if self.sliding is not None:
+            return [self._slide(x) for x in batched_inputs]
+        logits, images = self._logits(batched_inputs)
+        padded_size = tuple(images.tensor.shape[-2:])
+        return [
+            ResizedMap(image_logits, padded_size, size, _out_size(x))
+            for image_logits, size, x in zip(
+                logits, images.image_sizes, batched_inputs, strict=True
+            )
+        ]
 
-    Args:
-        logits: (K, h, w), covering the padded image.
-        padded_size: (H, W) of the padded image.
-        size: (H, W) of the image in its upper left corner.
-        out_size: (height, width) of the result, which covers the image without its padding.
+    def _logits(self, batched_inputs: list[dict]) -> tuple[Tensor, ImageList]:
+        images = self.preprocess(batched_inputs)
+        logits, _ = self.sem_seg_head(self.backbone(images.tensor))
+        return logits, images
 
-    Returns:
-        (K, height, width) float32.
-    """
-    logits = logits[None].float()
-    if tuple(padded_size) == tuple(size):
-        return F.interpolate(logits, size=out_size, mode="bilinear", align_corners=False)[0]
-    # The whole map is scaled so that the image alone gets `out_size`; the rest is cut away. The
-    # factor is above the exact one by less than float32 resolves, so that the size of the result
-    # never rounds to one too few.
-    factors = [
-        padded / grid * out / valid * (1 + 1e-9)
-        for padded, grid, out, valid in zip(
-            padded_size, logits.shape[-2:], out_size, size, strict=True
-        )
-    ]
-    resized = F.interpolate(
-        logits,
-        scale_factor=factors,
-        mode="bilinear",
-        align_corners=False,
-        recompute_scale_factor=False,
-    )
-    return resized[0, :, : out_size[0], : out_size[1]]
+    def _slide(self, x: dict) -> ScoreMap:
+        """The scores of one image from its windows; each is padded as an image of its own."""
+        image, sliding = x["image"].to(self.device, non_blocking=True), self.sliding
+        size = tuple(image.shape[-2:])
+        height, width = sliding.window_on(size)
+        tops, lefts = sliding.starts(size)
+        windows = [
+            {"image": image[:, top : top + height, left : left + width]}
+            for top in tops
+            for left in lefts
+        ]
+        parts = []
+        for start in range(0, len(windows), sliding.batch_size):
+            logits, padded = self._logits(windows[start : start + sliding.batch_size])
+            parts += logits.to("cpu" if sliding.accumulate_on_cpu else logits.device)
+        return WindowedMap(sliding, parts, tuple(padded.tensor.shape[-2:]), size, _out_size(x))
+
+
+def _out_size(x: dict) -> tuple[int, int]:
+    """Size of the result for an input: that of the file, if it is known, else of the image."""
+    height, width = x["image"].shape[-2:]
+    return x.get("height", height), x.get("width", width)

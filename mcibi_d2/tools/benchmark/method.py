@@ -1,4 +1,4 @@
-"""Time the parts that the project promises to be fast, side by side with the plain way.
+"""The update of the memory and the attention, side by side with the plain way.
 
 ``memory`` measures ``FeatureMemory.observe`` and ``commit`` against the update as the equations say
 it: up-sample the features, loop over the classes. ``attention`` measures the attention of Eq. 13-14
@@ -6,8 +6,6 @@ against its softmax written out, and against attention to the memory's rows.
 """
 
 import argparse
-import json
-import multiprocessing
 import sys
 import time
 from collections.abc import Callable
@@ -25,9 +23,10 @@ from mcibi_d2.engine import Trainer, load_config
 from mcibi_d2.modeling import Attention, FeatureMemory
 from mcibi_d2.modeling.attention import RowAttention
 
-CONFIG = Path(__file__).resolve().parents[2] / "configs" / "ade20k" / "mcibi_R50.yaml"
+from .measure import extra_peak, median_seconds, shown, wait
+
+CONFIG = Path(__file__).resolve().parents[3] / "configs" / "ade20k" / "mcibi_R50.yaml"
 MOMENTUM = 0.9
-MIB = 2**20
 
 
 @dataclass(frozen=True)
@@ -99,11 +98,6 @@ def our_update(memory: FeatureMemory, features: Tensor, labels: Tensor) -> Tenso
     return memory.rows
 
 
-def _wait(device: str) -> None:
-    if device.startswith("cuda"):
-        torch.cuda.synchronize(device)
-
-
 @torch.no_grad()
 def _seconds(update: Callable, case: Case, device: str, repeats: int) -> list[float]:
     memory, features, labels = case.make(device)
@@ -111,64 +105,12 @@ def _seconds(update: Callable, case: Case, device: str, repeats: int) -> list[fl
     times = []
     for _ in range(repeats + 1):
         memory.rows.copy_(start)
-        _wait(device)
+        wait(device)
         before = time.perf_counter()
         update(memory, features, labels)
-        _wait(device)
+        wait(device)
         times.append(time.perf_counter() - before)
     return times[1:]  # without the first, which warms up
-
-
-def _status(key: str) -> int:
-    """A number of bytes from this process's entry in /proc."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{key}:"):
-            return int(line.split()[1]) * 1024
-    raise KeyError(key)
-
-
-@torch.no_grad()
-def _measure_peak(
-    call: Callable, make: Callable, small, case, device: str, threads: int, results
-) -> None:
-    torch.set_num_threads(threads)
-    call(*make(small, device))  # libraries load on first use
-    arguments = make(case, device)
-    if device.startswith("cuda"):
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        call(*arguments)
-        results.put(torch.cuda.max_memory_allocated(device) - before)
-        return
-    try:
-        Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
-        before = _status("VmRSS")
-        call(*arguments)
-        results.put(_status("VmHWM") - before)
-    except (OSError, KeyError):
-        results.put(None)  # not Linux
-
-
-def _peak(call: Callable, make: Callable, small, case, device: str) -> float | None:
-    """Extra peak memory of one call in MiB, in a fresh process; None where it cannot be told.
-
-    Args:
-        call: with what ``make`` gives as arguments.
-        make: called with a case and the device.
-        small: a case to warm up with.
-        case: to measure.
-        device: to run on.
-    """
-    context = multiprocessing.get_context("spawn")
-    results = context.SimpleQueue()
-    arguments = (call, make, small, case, device, torch.get_num_threads(), results)
-    process = context.Process(target=_measure_peak, args=arguments)
-    process.start()
-    process.join()
-    if process.exitcode != 0:
-        raise RuntimeError(f"the process that measures memory ended with {process.exitcode}")
-    extra = results.get()
-    return None if extra is None else extra / MIB
 
 
 @torch.no_grad()
@@ -186,8 +128,8 @@ def compare_updates(case: Case, device: str, repeats: int, literal_repeats: int)
         "ours_seconds": median(ours),
         "literal_seconds": median(literal),
         "ratio": median(literal) / median(ours),
-        "ours_peak_mib": _peak(our_update, Case.make, TINY, case, device),
-        "literal_peak_mib": _peak(literal_update, Case.make, TINY, case, device),
+        "ours_peak_mib": extra_peak(our_update, Case.make, TINY, case, device),
+        "literal_peak_mib": extra_peak(literal_update, Case.make, TINY, case, device),
         "largest_difference": difference,
         "ours_all_seconds": ours,
         "literal_all_seconds": literal,
@@ -215,10 +157,10 @@ def time_training_step(
 
     def timed(function: Callable) -> Callable:
         def call(*args):
-            _wait(device)
+            wait(device)
             before = time.perf_counter()
             function(*args)
-            _wait(device)
+            wait(device)
             spent.append(time.perf_counter() - before)
 
         return call
@@ -267,19 +209,6 @@ def _make_attention(
     return block, *(x.contiguous(memory_format=layout) for x in maps)
 
 
-def _median_seconds(calls: dict[str, Callable], device: str, repeats: int) -> dict[str, float]:
-    """Medians of several calls that take turns, without the first turn."""
-    times = {name: [] for name in calls}
-    for _ in range(repeats + 1):
-        for name, call in calls.items():
-            _wait(device)
-            before = time.perf_counter()
-            call()
-            _wait(device)
-            times[name].append(time.perf_counter() - before)
-    return {name: median(values[1:]) for name, values in times.items()}
-
-
 def compare_attention(device: str, repeats: int) -> dict:
     """Our attention and the written-out one: time at 128 x 128, memory at 128 x 256."""
     found = {"case": "forward, 1 x 512 x 128 x 128", "layouts": []}
@@ -289,7 +218,7 @@ def compare_attention(device: str, repeats: int) -> dict:
     ):
         block, pixels, context = _make_attention((128, 128), device, layout)
         with torch.no_grad():
-            seconds = _median_seconds(
+            seconds = median_seconds(
                 {
                     "ours": lambda x=(block, pixels, context): x[0](*x[1:]),
                     "written_out": lambda x=(block, pixels, context): written_out_attention(*x),
@@ -308,7 +237,7 @@ def compare_attention(device: str, repeats: int) -> dict:
             }
         )
     for name, call in (("ours", _run_ours), ("written_out", written_out_attention)):
-        peak = _peak(call, _make_attention, (4, 4), (128, 256), device)
+        peak = extra_peak(call, _make_attention, (4, 4), (128, 256), device)
         found[f"{name}_peak_mib_at_128x256"] = peak
     return found
 
@@ -334,17 +263,13 @@ def compare_aggregations(device: str, repeats: int, side: int = 128, classes: in
         weights = coarse.log_softmax(dim=1)
         by_rows(pixels, memory.rows, memory.initialized, weights).sum().backward()
 
-    seconds = _median_seconds({"pixels": read_pixels, "rows": read_rows}, device, repeats)
+    seconds = median_seconds({"pixels": read_pixels, "rows": read_rows}, device, repeats)
     return {
         "case": f"forward and backward, 1 x 512 x {side} x {side}, K = {classes}",
         "pixels_seconds": seconds["pixels"],
         "rows_seconds": seconds["rows"],
         "ratio": seconds["pixels"] / seconds["rows"],
     }
-
-
-def _number(value: float | None, form: str) -> str:
-    return "?" if value is None else format(value, form)
 
 
 def benchmark_memory(args: argparse.Namespace) -> dict:
@@ -378,12 +303,12 @@ def benchmark_memory(args: argparse.Namespace) -> dict:
                     x["case"],
                     x["classes"],
                     x["present"],
-                    _number(x["ours_seconds"] * 1e3, ".1f"),
-                    _number(x["literal_seconds"] * 1e3, ".0f"),
-                    _number(x["ratio"], ".0f"),
-                    _number(x["ours_peak_mib"], ".0f"),
-                    _number(x["literal_peak_mib"], ".0f"),
-                    _number(x["largest_difference"], ".1e"),
+                    shown(x["ours_seconds"] * 1e3, ".1f"),
+                    shown(x["literal_seconds"] * 1e3, ".0f"),
+                    shown(x["ratio"], ".0f"),
+                    shown(x["ours_peak_mib"], ".0f"),
+                    shown(x["literal_peak_mib"], ".0f"),
+                    shown(x["largest_difference"], ".1e"),
                 ]
                 for x in results["updates"]
             ],
@@ -422,8 +347,8 @@ def benchmark_attention(args: argparse.Namespace) -> dict:
             f"{x['largest_difference']:.1e}"
         )
     print(
-        f"extra peak memory, 1 x 512 x 128 x 256: ours {_number(ours, '.0f')} MiB, written out "
-        f"{_number(written, '.0f')} MiB\n"
+        f"extra peak memory, 1 x 512 x 128 x 256: ours {shown(ours, '.0f')} MiB, written out "
+        f"{shown(written, '.0f')} MiB\n"
         f"{aggregation['case']}: pixels {aggregation['pixels_seconds']:.3f} s, rows "
         f"{aggregation['rows_seconds']:.3f} s, {aggregation['ratio']:.1f} times cheaper\n"
     )
@@ -437,10 +362,12 @@ def benchmark_attention(args: argparse.Namespace) -> dict:
     }
 
 
-def main() -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m mcibi_d2.tools.benchmark", description=__doc__)
-    parts = parser.add_subparsers(dest="part", required=True)
+def add_commands(parts) -> list[argparse.ArgumentParser]:
+    """Add ``memory`` and ``attention`` to the command line.
+
+    Args:
+        parts: argparse's subparsers.
+    """
     memory = parts.add_parser("memory", help="the update of the feature memory")
     memory.add_argument("--repeats", type=int, default=25, help="of each update (25)")
     memory.add_argument("--steps", type=int, default=3, help="training steps that are timed (3)")
@@ -452,18 +379,4 @@ def main() -> None:
     attention.set_defaults(run=benchmark_attention)
     for part in (memory, attention):
         part.add_argument("--device", default="cpu", help="cpu (default) or cuda")
-        part.add_argument("--json", metavar="FILE", help="write the JSON there, not to the output")
-    args = parser.parse_args()
-    try:
-        results = args.run(args)
-    except InputError as error:
-        sys.exit(f"error: {error}")
-    text = json.dumps(results, indent=1)
-    if args.json:
-        Path(args.json).write_text(text + "\n")
-    else:
-        print(text)
-
-
-if __name__ == "__main__":
-    main()
+    return [memory, attention]

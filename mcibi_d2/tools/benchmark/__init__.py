@@ -1,0 +1,1 @@
+"""Time the parts that the project promises to be fast."""
