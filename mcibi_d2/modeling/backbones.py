@@ -5,11 +5,19 @@ import re
 
 import timm
 import torch
+import torch.nn.functional as F
 from detectron2.config import configurable
 from detectron2.layers import ShapeSpec, get_norm
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 from detectron2.utils import comm
-from timm.layers import convert_sync_batchnorm, freeze_batch_norm_2d
+from timm.layers import (
+    AvgPool2dSame,
+    convert_sync_batchnorm,
+    freeze_batch_norm_2d,
+    resample_abs_pos_embed,
+)
+from timm.models.hrnet import HighResolutionModule
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -18,6 +26,7 @@ from .blocks import resolve_norm
 from .necks import NECKS, ConcatNeck, MLANeck
 
 NORMS = ("BN", "SyncBN", "FrozenBN")
+VARIANTS = ("timm", "released")
 # Where timm's names of parameters tell their stage, with its number: layer1, stages.0, blocks.0.
 _STAGE = re.compile(r"(?:layers?|stages?|blocks?|transition|s)[._]?(\d+)(?:\.|$)")
 
@@ -39,6 +48,16 @@ class TimmBackbone(Backbone):
 
     HRNet's features are its branches, without the layers that widen them for classification.
 
+    With ``variant="released"`` three kinds of network compute what the models do that the paper's
+    authors released, and OpenMMLab's, whose parameters are the same; others are not changed:
+
+    - HRNet up-samples its branches bilinearly (timm: nearest), to the size of the branch that they
+      are added to, so that images may have any size. ``stem_relu=False`` leaves out the ReLU after
+      its first convolution, as their model of Cityscapes.
+    - ResNeSt has no pooling in the shortcut of a dilated stage (timm: 2 x 2, of stride 1).
+    - A vision transformer's position embedding is resampled bilinearly (timm: bicubic and
+      antialiased).
+
     Ask for no feature that nobody uses: if layers get no gradient, training on several processes
     stops.
 
@@ -55,6 +74,8 @@ class TimmBackbone(Backbone):
         drop_path: timm's ``drop_path_rate``, 0 <= rate < 1.
         img_size: in pixels, for the position embedding of a vision transformer; 0 is that of the
             pretrained weights. Either is resampled for each image that has another size.
+        variant: ``timm`` or ``released``, see above.
+        stem_relu: see above; False is for HRNet alone.
         neck: ``none``, ``concat`` (:class:`ConcatNeck`) or ``mla`` (:class:`MLANeck`).
         neck_stride: of ``concat``: 0 is that of the finest feature, else twice that.
         mla_channels: of each aggregated map of ``mla``.
@@ -73,13 +94,19 @@ class TimmBackbone(Backbone):
         freeze_at: int = 0,
         drop_path: float = 0.0,
         img_size: int = 0,
+        variant: str = "timm",
+        stem_relu: bool = True,
         neck: str = "none",
         neck_stride: int = 0,
         mla_channels: int = 256,
         neck_norm: str = "BN",
     ):
         super().__init__()
-        for key, value, allowed in (("NORM", norm, NORMS), ("NECK", neck, NECKS)):
+        for key, value, allowed in (
+            ("NORM", norm, NORMS),
+            ("NECK", neck, NECKS),
+            ("VARIANT", variant, VARIANTS),
+        ):
             if value not in allowed:
                 choices = f"{', '.join(allowed[:-1])} or {allowed[-1]}"
                 raise InputError(f"MODEL.TIMM.{key} is {value!r}, expected {choices}")
@@ -93,6 +120,14 @@ class TimmBackbone(Backbone):
         self.name = name
         out_indices = tuple(out_indices)
         net = _create(name, output_stride, out_indices, pretrained, drop_path, img_size)
+        if not stem_relu:
+            if not name.startswith("hrnet"):
+                raise InputError(
+                    f"MODEL.TIMM.STEM_RELU is False, which is for HRNet, not for {name}"
+                )
+            net.act1 = nn.Identity()
+        if variant == "released":
+            _compute_as_released(net)
         info = net.feature_info
         strides = [feature["reduction"] for feature in info.info]
         plain = len(strides) > 1 and len(set(strides)) == 1  # a vision transformer
@@ -225,6 +260,8 @@ class TimmBackbone(Backbone):
             "freeze_at": options.FREEZE_AT,
             "drop_path": options.DROP_PATH,
             "img_size": options.IMG_SIZE,
+            "variant": options.VARIANT,
+            "stem_relu": options.STEM_RELU,
             "neck": options.NECK,
             "neck_stride": options.NECK_STRIDE,
             "mla_channels": options.MLA_CHANNELS,
@@ -418,13 +455,64 @@ def _is_wrapped(net: nn.Module) -> bool:
     return hasattr(getattr(net, "model", None), "forward_intermediates")
 
 
+class _BilinearBranches(HighResolutionModule):
+    """HRNet's module with branches up-sampled bilinearly, to any size. Same parameters."""
+
+    def forward(self, x: list[Tensor]) -> list[Tensor]:
+        """Branches to branches, as timm's."""
+        x = [branch(map_) for branch, map_ in zip(self.branches, x, strict=True)]
+        joined = []
+        for i, layers in enumerate(self.fuse_layers):
+            size, total = x[i].shape[-2:], 0
+            for layer, map_ in zip(layers, x, strict=True):
+                map_ = layer(map_)
+                if map_.shape[-2:] != size:  # twice a size that was rounded up
+                    map_ = F.interpolate(map_, size, mode="bilinear", align_corners=False)
+                total = total + map_
+            joined.append(self.fuse_act(total))
+        return joined
+
+
+class _BilinearPositions(VisionTransformer):
+    """A vision transformer whose position embedding is resampled bilinearly. Same parameters."""
+
+    def _pos_embed(self, x: Tensor) -> Tensor:
+        positions = resample_abs_pos_embed(
+            self.pos_embed,
+            new_size=x.shape[1:3],
+            old_size=self.patch_embed.grid_size,
+            num_prefix_tokens=self.num_prefix_tokens,
+            interpolation="bilinear",
+            antialias=False,
+        )
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x.flatten(1, 2)], dim=1)
+        return self.pos_drop(x + positions)
+
+
+def _compute_as_released(net: nn.Module) -> None:
+    """Change in place what :class:`TimmBackbone` says of the variant ``released``."""
+    for module in net.modules():
+        if type(module) is HighResolutionModule and module.num_branches > 1:
+            module.__class__ = _BilinearBranches
+            for layer in module.fuse_layers.modules():
+                if isinstance(layer, nn.Upsample):
+                    layer.mode, layer.align_corners = "bilinear", False
+        elif type(module) is VisionTransformer:
+            plain = module.num_prefix_tokens == 1 and not module.no_embed_class
+            if plain and module.pos_embed is not None:
+                module.__class__ = _BilinearPositions
+        shortcut = getattr(module, "downsample", None)
+        if isinstance(shortcut, nn.Sequential) and isinstance(shortcut[0], AvgPool2dSame):
+            shortcut[0] = nn.Identity()
+
+
 @BACKBONE_REGISTRY.register()
 def build_timm_backbone(cfg, input_shape: ShapeSpec | None = None) -> nn.Module:
     """Build the backbone that ``MODEL.TIMM`` describes."""
     backbone = TimmBackbone(cfg, input_shape)
     head = cfg.MODEL.SEM_SEG_HEAD
     unused = backbone.output_shape().keys() - {*head.IN_FEATURES, *head.get("AUX_FEATURES", ())}
-    if backbone.norms and unused:
+    if backbone.norms and unused and cfg.MODEL.TIMM.NECK == "none":
         raise InputError(
             f"MODEL.TIMM.OUT_INDICES {tuple(cfg.MODEL.TIMM.OUT_INDICES)} gives "
             f"{', '.join(sorted(unused))}, which is in neither MODEL.SEM_SEG_HEAD.IN_FEATURES nor "

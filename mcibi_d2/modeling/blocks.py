@@ -100,6 +100,14 @@ def attend(query: Tensor, key: Tensor, value: Tensor, scale: float | None = None
     return attended.transpose(2, 3).flatten(1, 2)
 
 
+def make_leaky(module: nn.Module) -> None:
+    """Put a LeakyReLU of slope 0.01 in the place of every ReLU in ``module``."""
+    for parent in list(module.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, nn.ReLU):
+                setattr(parent, name, nn.LeakyReLU(0.01, inplace=child.inplace))
+
+
 def classifier(in_channels: int, num_classes: int) -> nn.Conv2d:
     """The last 1x1 convolution of a classification head, with small initial weights."""
     conv = nn.Conv2d(in_channels, num_classes, 1)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from .attention import Attention, RowAttention, SlotAttention
-from .blocks import classifier, conv_norm_relu, resolve_norm
+from .blocks import classifier, conv_norm_relu, make_leaky, resolve_norm
 from .context import CONTEXTS
 from .fusion import FUSIONS
 from .memory import FeatureMemory
@@ -20,6 +20,7 @@ from .memory import FeatureMemory
 RCL_BATCH_NORMS = ("running", "batch")
 # How the memory is read: see MCIBIHead.
 AGGREGATIONS = ("pixels", "rows", "none")
+ACTIVATIONS = ("relu", "leaky_relu")
 
 
 @SEM_SEG_HEADS_REGISTRY.register()
@@ -78,6 +79,9 @@ class MCIBIHead(nn.Module):
         norm: name for ``detectron2.layers.get_norm``.
         memory_update: see :class:`FeatureMemory`.
         memory_slots: see :class:`FeatureMemory`.
+        memory_renormalize: see :class:`FeatureMemory`.
+        aspp_dilations: of the context ``aspp``; empty: by the stride of R.
+        activation: ``relu``, or ``leaky_relu`` (slope 0.01) in its place in every layer.
         rcl_bn: what H2's batch norms do with the memory rows in ``loss_m``. ``"running"``: they
             use their running statistics, and do not change them. ``"batch"``: they use those of
             the initialised rows, which also enter the running ones, as in the released code; with
@@ -88,6 +92,8 @@ class MCIBIHead(nn.Module):
         aux_features: names of the features with an auxiliary head. The last one is the stage
             before R for modules that want it.
         aux_loss_weight: weight of ``loss_aux``.
+        aux_convs: 3x3 convolutions of an auxiliary head.
+        aux_upsampling: factor of the up-sampling (nearest) after each of them.
         class_weights: K weights of the cross-entropies over pixels; empty for equal ones.
         ignore_value: label of pixels without ground truth.
     """
@@ -113,12 +119,17 @@ class MCIBIHead(nn.Module):
         norm: str = "BN",
         memory_update: str = "cosine",
         memory_slots: int = 1,
+        memory_renormalize: bool = True,
+        aspp_dilations: Sequence[int] = (),
+        activation: str = "relu",
         rcl_bn: str = "running",
         loss_weight: float = 1.0,
         loss_weight_w: float = 0.4,
         loss_weight_m: float = 1.0,
         aux_features: Sequence[str] = (),
         aux_loss_weight: float = 0.4,
+        aux_convs: int = 1,
+        aux_upsampling: int = 1,
         class_weights: Sequence[float] = (),
         ignore_value: int = 255,
     ):
@@ -134,6 +145,7 @@ class MCIBIHead(nn.Module):
             ("aggregation", aggregation, AGGREGATIONS),
             ("fusion", fusion, FUSIONS),
             ("rcl_bn", rcl_bn, RCL_BATCH_NORMS),
+            ("activation", activation, ACTIVATIONS),
         ):
             if value not in known:
                 raise InputError(f"unknown {what} {value!r}; known: {', '.join(known)}")
@@ -173,7 +185,9 @@ class MCIBIHead(nn.Module):
         self.aux = nn.ModuleDict(
             {
                 name: nn.Sequential(
-                    conv_norm_relu(input_shape[name].channels, channels, 3, make_norm),
+                    *self._aux_layers(
+                        input_shape[name].channels, channels, aux_convs, aux_upsampling, make_norm
+                    ),
                     nn.Dropout2d(dropout),
                     classifier(channels, num_classes),
                 )
@@ -189,27 +203,42 @@ class MCIBIHead(nn.Module):
                 lower_channels=input_shape[aux_features[-1]].channels if aux_features else 0,
                 num_classes=num_classes,
                 output_stride=input_shape[in_feature].stride,
+                dilations=aspp_dilations,
             )
-        if not enabled:
-            if not module:
-                self.project = conv_norm_relu(in_channels, channels, project_kernel, make_norm)
+        if enabled or not module:
+            self.project = conv_norm_relu(in_channels, channels, project_kernel, make_norm)
+        if enabled:
+            self.memory = FeatureMemory(
+                num_classes, channels, memory_update, memory_slots, memory_renormalize
+            )
+            if aggregation != "none":
+                self.h1 = self._two_layer_head(channels, num_classes, dropout, make_norm)
+                if aggregation == "rows":
+                    self.attention = RowAttention(channels, attention_dim, make_norm, rows_bias)
+                elif memory_slots == 1:
+                    self.attention = Attention(channels, attention_dim, make_norm)
+                else:
+                    self.attention = SlotAttention(memory_slots, channels, attention_dim, make_norm)
+                self.fuse = FUSIONS[fusion](channels, fuse_kernel, make_norm)
+            if module:
+                self.within_attention = Attention(channels, attention_dim, make_norm)
+                self.within_fuse = FUSIONS[fusion](channels, fuse_kernel, make_norm)
+            self.h2 = self._two_layer_head(channels, num_classes, dropout, make_norm)
+        else:
             self.classify = nn.Sequential(nn.Dropout2d(dropout), classifier(channels, num_classes))
-            return
-        self.project = conv_norm_relu(in_channels, channels, project_kernel, make_norm)
-        self.memory = FeatureMemory(num_classes, channels, memory_update, memory_slots)
-        if aggregation != "none":
-            self.h1 = self._two_layer_head(channels, num_classes, dropout, make_norm)
-            if aggregation == "rows":
-                self.attention = RowAttention(channels, attention_dim, make_norm, rows_bias)
-            elif memory_slots == 1:
-                self.attention = Attention(channels, attention_dim, make_norm)
-            else:
-                self.attention = SlotAttention(memory_slots, channels, attention_dim, make_norm)
-            self.fuse = FUSIONS[fusion](channels, fuse_kernel, make_norm)
-        if module:
-            self.within_attention = Attention(channels, attention_dim, make_norm)
-            self.within_fuse = FUSIONS[fusion](channels, fuse_kernel, make_norm)
-        self.h2 = self._two_layer_head(channels, num_classes, dropout, make_norm)
+        if activation == "leaky_relu":
+            make_leaky(self)
+
+    @staticmethod
+    def _aux_layers(in_channels, channels, convs, upsampling, norm) -> list[nn.Module]:
+        """Of an auxiliary head, what is before its dropout and classifier."""
+        layers = []
+        for _ in range(convs):
+            layers.append(conv_norm_relu(in_channels, channels, 3, norm))
+            if upsampling > 1:
+                layers.append(nn.Upsample(scale_factor=upsampling))
+            in_channels = channels
+        return layers
 
     @staticmethod
     def _two_layer_head(channels, num_classes, dropout, norm) -> nn.Sequential:
@@ -246,12 +275,17 @@ class MCIBIHead(nn.Module):
             "norm": resolve_norm(head.NORM, cfg.MODEL.DEVICE),
             "memory_update": mcibi.MEMORY.UPDATE,
             "memory_slots": mcibi.MEMORY.SLOTS,
+            "memory_renormalize": mcibi.MEMORY.RENORMALIZE,
+            "aspp_dilations": mcibi.ASPP_DILATIONS,
+            "activation": head.ACTIVATION,
             "rcl_bn": mcibi.RCL_BN,
             "loss_weight": head.LOSS_WEIGHT,
             "loss_weight_w": mcibi.LOSS_WEIGHT_W,
             "loss_weight_m": mcibi.LOSS_WEIGHT_M,
             "aux_features": head.AUX_FEATURES,
             "aux_loss_weight": head.AUX_LOSS_WEIGHT,
+            "aux_convs": head.AUX_CONVS,
+            "aux_upsampling": head.AUX_UPSAMPLING,
             "class_weights": head.CLASS_WEIGHTS,
             "ignore_value": head.IGNORE_VALUE,
         }

@@ -41,6 +41,8 @@ class FeatureMemory(nn.Module):
               ``"zero"``: rows stay zero. ``"random"``: rows are frozen as :meth:`draw` gives them.
               ``"learned"``: rows are parameters, which ``commit`` initialises and the optimiser
               trains.
+        renormalize: whether the weight of a class without a row goes to the others in
+            :meth:`read`.
         slots: S, rows per class. A pixel belongs to its class's most similar slot; a slot without
             pixels keeps its row. Empty slots are filled one per commit, each by the mean of the
             class's pixels.
@@ -58,7 +60,14 @@ class FeatureMemory(nn.Module):
       other classes are not touched by it.
     """
 
-    def __init__(self, num_classes: int, channels: int, update: str = "cosine", slots: int = 1):
+    def __init__(
+        self,
+        num_classes: int,
+        channels: int,
+        update: str = "cosine",
+        slots: int = 1,
+        renormalize: bool = True,
+    ):
         super().__init__()
         if min(num_classes, channels, slots) < 1:
             raise ValueError(
@@ -73,6 +82,7 @@ class FeatureMemory(nn.Module):
         self.channels = channels
         self.update = update
         self.slots = slots
+        self.renormalize = renormalize
         count = num_classes * slots
         rows = torch.zeros(count, channels)
         if update == "learned":
@@ -101,8 +111,9 @@ class FeatureMemory(nn.Module):
     def read(self, probabilities: Tensor) -> Tensor:
         """Gather the rows by each pixel's class distribution (Eq. 12).
 
-        The weight of a class whose row is not initialised goes to the others in proportion; with
-        no initialised row at all the result is zero. Gradients reach ``probabilities``, and the
+        The weight of a class whose row is not initialised goes to the others in proportion, or is
+        lost without ``renormalize`` (the row counts as zero); with no initialised row at all the
+        result is zero. Gradients reach ``probabilities``, and the
         rows where they are learned.
 
         Args:
@@ -114,7 +125,12 @@ class FeatureMemory(nn.Module):
         """
         slots = self.slots
         gathered = [
-            _gather(self.rows[slot::slots], self.initialized[slot::slots], probabilities)
+            _gather(
+                self.rows[slot::slots],
+                self.initialized[slot::slots],
+                probabilities,
+                self.renormalize,
+            )
             for slot in range(slots)
         ]
         return gathered[0] if slots == 1 else torch.cat(gathered, dim=1)
@@ -255,11 +271,12 @@ class FeatureMemory(nn.Module):
             self.initialized.zero_()
 
 
-def _gather(rows: Tensor, initialized: Tensor, probabilities: Tensor) -> Tensor:
+def _gather(rows: Tensor, initialized: Tensor, probabilities: Tensor, renormalize: bool) -> Tensor:
     """Eq. 12 over the initialised ones of K rows (K, C): (N, K, h, w) -> (N, C, h, w)."""
     weights = probabilities * initialized.to(probabilities.dtype)[:, None, None]
-    total = weights.sum(dim=1, keepdim=True)
-    weights = weights / total.clamp_min(torch.finfo(weights.dtype).tiny)
+    if renormalize:
+        total = weights.sum(dim=1, keepdim=True)
+        weights = weights / total.clamp_min(torch.finfo(weights.dtype).tiny)
     gathered = rows.t().to(weights.dtype) @ weights.flatten(2)
     return gathered.unflatten(2, probabilities.shape[-2:])
 

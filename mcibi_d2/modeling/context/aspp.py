@@ -1,5 +1,7 @@
 """Atrous spatial pyramid pooling (DeepLabV3: Chen, Papandreou, Schroff and Adam, 2017)."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -27,6 +29,7 @@ class AtrousPyramid(ContextModule):
         channels: see :class:`ContextModule`.
         norm: see :class:`ContextModule`.
         output_stride: the dilations are those of stride 16 from 16 on, else those of stride 8.
+        dilations: d_1, d_2, d_3 where they shall be others.
         **_: takes, and ignores, the options of others.
     """
 
@@ -37,10 +40,12 @@ class AtrousPyramid(ContextModule):
         norm: NormFactory = nn.BatchNorm2d,
         *,
         output_stride: int = 8,
+        dilations: Sequence[int] = (),
         **_: object,
     ):
         super().__init__()
-        dilations = [d // 2 for d in DILATIONS] if output_stride >= 16 else DILATIONS
+        if not dilations:
+            dilations = [d // 2 for d in DILATIONS] if output_stride >= 16 else DILATIONS
         self.branches = nn.ModuleList(
             [
                 conv_norm_relu(in_channels, channels, 1, norm),

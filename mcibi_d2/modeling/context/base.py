@@ -13,7 +13,8 @@ class ContextModule(nn.Module):
     - ``norm``: makes the norm layer for a number of channels;
     - ``lower_channels``: of the feature below R, if ``needs_lower``;
     - ``num_classes``: K;
-    - ``output_stride``: of R, 8 or 16 (or another; dilations are those of stride 8 or 16).
+    - ``output_stride``: of R, 8 or 16 (or another; dilations are those of stride 8 or 16);
+    - ``dilations``: of ASPP; none for those of the output stride.
 
     ``needs_lower`` and ``needs_coarse`` say which of the inputs of ``forward`` it wants.
     """

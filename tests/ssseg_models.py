@@ -1,0 +1,152 @@
+"""The 18 released models as the package sssegmentation builds them: facts of its configs.
+
+Stated apart from our YAML files, so that one is checked against the other.
+"""
+
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+# ours: (data set, backbone); theirs: what differs from its default of MCIBI.
+CLASSES = {"ade20k": 150, "cityscapes": 19, "lip": 20, "coco_stuff_10k": 182}
+RESNETS = {"R50": 50, "R101": 101}
+MODELS = [
+    (data, backbone)
+    for data in CLASSES
+    for backbone in ("R50", "R101", "S101", "HRW48", "ViTL")
+    if backbone != "ViTL" or data in ("ade20k", "coco_stuff_10k")
+]
+
+
+def released_config(data, backbone, slots=1):
+    """The configuration of a released network, with plain batch norm and no pretrained weights."""
+    channels, dilations, auxiliary = 2048, [1, 12, 24, 36], {"in_channels": 1024}
+    net = {"pretrained": False, "selected_indices": (0, 1, 2, 3)}
+    norms, stride, leaky = None, 1, False
+    if backbone in RESNETS:
+        depth = RESNETS[backbone]
+        net |= {"type": "ResNet", "depth": depth, "structure_type": f"resnet{depth}conv3x3stem"}
+        net |= {"outstride": 8, "use_conv3x3_stem": True}
+        leaky = data == "lip"
+    elif backbone == "S101":
+        net |= {"type": "ResNeSt", "depth": 101, "structure_type": "resnest101", "outstride": 8}
+    elif backbone == "HRW48":
+        net |= {"type": "HRNet", "structure_type": "hrnetv2_w48", "arch": "hrnetv2_w48"}
+        net["selected_indices"] = (0, 0, 0, 0)
+        channels, auxiliary = 48 + 96 + 192 + 384, None
+        stride = 2 if data in ("cityscapes", "lip") else 1
+    else:
+        net |= {
+            "type": "VisionTransformer", "structure_type": "vit", "img_size": (512, 512),
+            "patch_size": 16, "embed_dims": 1024, "num_layers": 24, "num_heads": 16,
+            "mlp_ratio": 4, "out_indices": (9, 14, 19, 23), "qkv_bias": True,
+            "norm_cfg": {"type": "LayerNorm", "eps": 1e-6}, "with_cls_token": True,
+            "output_cls_token": False, "patch_norm": False, "final_norm": False, "num_fcs": 2,
+        }  # fmt: skip
+        channels = 1024
+        norms = {"in_channels_list": [1024] * 4, "type": "LayerNorm", "eps": 1e-6}
+        if data == "ade20k":
+            dilations = [1, 6, 12, 18]
+        auxiliary = [
+            {"in_channels": 1024, "num_convs": 2, "upsample": {"scale_factor": 4}} for _ in range(3)
+        ]
+    for one in [auxiliary] if isinstance(auxiliary, dict) else auxiliary or []:
+        one |= {"out_channels": 512, "dropout": 0.1}
+    act = {"type": "LeakyReLU", "negative_slope": 0.01} if leaky else {"type": "ReLU"}
+    head = {
+        "downsample_backbone": {"kernel_size": 3, "stride": stride, "padding": 1, "bias": False},
+        "context_within_image": {"is_on": True, "type": "aspp", "cfg": {"dilations": dilations}},
+        "use_hard_aggregate": False, "in_channels": channels, "feats_channels": 512,
+        "transform_channels": 256, "out_channels": 512, "num_feats_per_cls": slots,
+        "use_loss": False, "dropout": 0.1,
+    }  # fmt: skip
+    if norms:
+        head["norm_cfg"] = norms
+    return {
+        "type": "MCIBI", "num_classes": CLASSES[data], "align_corners": False,
+        "norm_cfg": {"type": "BatchNorm2d"}, "act_cfg": {**act, "inplace": True},
+        "backbone": net, "head": head, "auxiliary": auxiliary,
+    }  # fmt: skip
+
+
+def build_released(data, backbone, slots=1):
+    """The network of sssegmentation in evaluation mode; without it the test is skipped."""
+    pytest.importorskip("ssseg", reason="the extra `parity` is not installed: no reference")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from ssseg.modules.models.backbones.hrnet import HRModule
+        from ssseg.modules.models.segmentors.mcibi import MCIBI
+    HRModule.use_checkpoint = False  # version 1.7.0 reads it before it sets it
+    net = MCIBI(released_config(data, backbone, slots), "TEST").eval()
+    if (data, backbone) == ("cityscapes", "HRW48"):
+        # Version 1.7.0 has no option for it; the released model was trained without this ReLU.
+        net.backbone_net.relu = SkipFirst(net.backbone_net.relu)
+    return net
+
+
+class SkipFirst(torch.nn.Module):
+    """Every other call, beginning with the first, gives back its input."""
+
+    def __init__(self, activation):
+        super().__init__()
+        self.activation = activation
+        self.calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        return x if self.calls % 2 else self.activation(x)
+
+
+def run_released(net, images):
+    """Logits of a network of sssegmentation."""
+    from ssseg.modules import SSSegInputStructure
+
+    with torch.no_grad():
+        return net(SSSegInputStructure(images=images, mode="TEST")).seg_logits
+
+
+def random_images(count, height, width, generator):
+    """Normalised images with coarse shapes, each of its own brightness."""
+    shapes = torch.randn(count, 3, 4, 5, generator=generator)
+    images = F.interpolate(shapes, (height, width), mode="bilinear")
+    images += torch.randn(count, 3, 1, 1, generator=generator)
+    return images + 0.3 * torch.randn(images.shape, generator=generator)
+
+
+def randomize(net, seed=0):
+    """Random weights, memory and running statistics, near those of random images.
+
+    With statistics that have nothing to do with the activations, the logits would hardly depend on
+    the image, and a difference would not show.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(shape, low, high):
+        return low + (high - low) * torch.rand(shape, generator=generator)
+
+    norms = [m for m in net.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
+    with torch.no_grad():
+        for module in net.modules():
+            if isinstance(module, torch.nn.LayerNorm) or module in norms:
+                module.weight.copy_(draw(module.weight.shape, 0.5, 1.5))
+                module.bias.copy_(draw(module.bias.shape, -0.3, 0.3))
+        for name in ("cls_token", "pos_embed"):
+            if hasattr(net.backbone_net, name):
+                token = getattr(net.backbone_net, name)
+                token.copy_(draw(token.shape, -0.5, 0.5))
+        memory = net.memory_module.memory
+        memory.copy_(draw(memory.shape, 0, 2))
+        memory[3] = 0  # a class that never occurred
+        for norm in norms:
+            norm.train().momentum = 1.0
+        run_released(net, random_images(8, 64, 64, generator))
+        for norm in norms:
+            norm.eval().momentum = 0.1
+            # Where random images hardly differ, another one must not be far outside.
+            norm.running_var.clamp_(min=0.1 * norm.running_mean.square())
+            deviation = norm.running_var.sqrt()
+            norm.running_mean += deviation * draw(deviation.shape, -0.1, 0.1)
+            norm.running_var *= draw(deviation.shape, 0.8, 1.25)
+    return net
