@@ -31,6 +31,8 @@ def add_mcibi_config(cfg: CN) -> None:
     cfg.MODEL.MCIBI.FUSE_KERNEL = 3
     # Channels of query, key and value in Eq. 13-14: C / 2.
     cfg.MODEL.MCIBI.ATTENTION_DIM = 256
+    # Of CONTEXT aspp: the three dilations; (): 12, 24, 36, or half of that from stride 16 on.
+    cfg.MODEL.MCIBI.ASPP_DILATIONS = ()
     # alpha and beta of Eq. 19.
     cfg.MODEL.MCIBI.LOSS_WEIGHT_W = 0.4
     cfg.MODEL.MCIBI.LOSS_WEIGHT_M = 1.0
@@ -69,6 +71,9 @@ def add_mcibi_config(cfg: CN) -> None:
     # poly: Eq. 7. constant: m_0 (Table 2, without "Poly"). lr: m_0 times the current learning rate
     # as a share of its base value, warm-up included (released).
     cfg.MODEL.MCIBI.MEMORY.MOMENTUM_SCHEDULE = "poly"
+    # The weight (Eq. 11) of a class that has no row goes to the others. False: it is lost, as
+    # released, which tells in COCO-Stuff, where 11 of the 182 classes never occur.
+    cfg.MODEL.MCIBI.MEMORY.RENORMALIZE = True
     # Rows per class. With more than one, each has an attention block of its own (released option).
     cfg.MODEL.MCIBI.MEMORY.SLOTS = 1
 
@@ -94,6 +99,11 @@ def add_mcibi_config(cfg: CN) -> None:
     # Image size of a vision transformer's position embedding; 0: that of timm's weights, which a
     # timm file in MODEL.WEIGHTS needs. It is resampled for images of other sizes.
     cfg.MODEL.TIMM.IMG_SIZE = 0
+    # timm: the network as timm has it. released: HRNet, ResNeSt and vision transformers compute
+    # what the released models do (see TimmBackbone); other networks are the same in both.
+    cfg.MODEL.TIMM.VARIANT = "timm"
+    # Of HRNet: the ReLU after its first convolution. False: without it (released for Cityscapes).
+    cfg.MODEL.TIMM.STEM_RELU = True
     # What makes res5 of all features of OUT_INDICES:
     # none: it is the last of them.
     # concat: all, at the size of the first (HRNet).
@@ -108,10 +118,16 @@ def add_mcibi_config(cfg: CN) -> None:
     # --- The head, beside Detectron2's keys.
     # Dropout2d before every classifier.
     cfg.MODEL.SEM_SEG_HEAD.DROPOUT = 0.1
+    # Of all layers of the head: relu, or leaky_relu with slope 0.01 (released for ResNets on LIP).
+    cfg.MODEL.SEM_SEG_HEAD.ACTIVATION = "relu"
     # Features with an auxiliary FCN head; [] for none. Context modules that work from the stage
     # before the last, or from its prediction (ann, ocr, acf), take the last of these.
     cfg.MODEL.SEM_SEG_HEAD.AUX_FEATURES = ["res4"]
     cfg.MODEL.SEM_SEG_HEAD.AUX_LOSS_WEIGHT = 0.4
+    # Convolutions of an auxiliary head before its classifier, and the factor of the up-sampling
+    # (nearest) after each of them; released for ViT: 2 and 4.
+    cfg.MODEL.SEM_SEG_HEAD.AUX_CONVS = 1
+    cfg.MODEL.SEM_SEG_HEAD.AUX_UPSAMPLING = 1
     # One weight per class for the cross-entropies over pixels; empty: all alike.
     cfg.MODEL.SEM_SEG_HEAD.CLASS_WEIGHTS = []
 
@@ -126,10 +142,82 @@ def add_mcibi_config(cfg: CN) -> None:
     # Of SOLVER.AMP.ENABLED: float16 (with a gradient scaler) or bfloat16.
     cfg.SOLVER.AMP.PRECISION = "float16"
 
-    # --- Augmentation.
-    # Random scale, as a factor of the image's own size; (1.0, 1.0) for none.
+    # --- Data.
+    # False: a sample that cannot be read or does not fit stops the training, with its file's name.
+    # True: the next good one of the training order takes its place; it is logged, counted over all
+    # processes, and reported at the end.
+    cfg.DATALOADER.SKIP_BAD = False
+
+    # --- Augmentation, in this order; INPUT.CROP, INPUT.RANDOM_FLIP are Detectron2's own.
+    # Random scale, as a factor of SCALE_BASE; (1.0, 1.0) for none.
     cfg.INPUT.SCALE_RANGE = (0.5, 2.0)
+    # (height, width) that the factor scales, turned for images that are higher than wide (released:
+    # (512, 2048), LIP (520, 520)); (0, 0): the image's own size.
+    cfg.INPUT.SCALE_BASE = (0, 0)
+    # Whether an image keeps its ratio and fits into the scaled SCALE_BASE, or takes its size (LIP).
+    cfg.INPUT.SCALE_KEEP_RATIO = True
     # No class takes more than this share of a crop, if ten tries find such a crop. 1.0: no limit.
     cfg.INPUT.CROP.SINGLE_CATEGORY_MAX_AREA = 1.0
+    # Rotation by at most so many degrees either way (LIP, as released: 30); 0 for none.
+    cfg.INPUT.ROTATION_DEGREES = 0
+    # The share of samples that are rotated.
+    cfg.INPUT.ROTATION_PROB = 0.6
     # Brightness, contrast, saturation and hue.
     cfg.INPUT.COLOR_AUG_SSD = True
+
+    # Size of test images. shortest_edge: MIN_SIZE_TEST and MAX_SIZE_TEST (MIN_SIZE_TEST 0: their
+    # own size). fixed: FIXED_SIZE_TEST. cityscapes: 1024 for the shorter side (section 4.1).
+    cfg.INPUT.TEST_RESIZE = "shortest_edge"
+    # Of TEST_RESIZE fixed: (height, width), whatever the image's ratio (LIP).
+    cfg.INPUT.FIXED_SIZE_TEST = (473, 473)
+
+    # --- Your own data set (mcibi_d2/data/own.py): `python -m mcibi_d2.tools.init_dataset` writes
+    # these keys. Paths are absolute, begin with ~, or are below DETECTRON2_DATASETS.
+    cfg.DATASETS.OWN = CN()
+    # Registered as <NAME>_train and <NAME>_val; "" for none.
+    cfg.DATASETS.OWN.NAME = ""
+    # [folder of images, folder of labels with the same names] or [list or manifest]. A list has an
+    # image and its label on each line, a manifest (.json, .yaml) is a list of {image, label}; their
+    # paths are relative to the file itself.
+    cfg.DATASETS.OWN.TRAIN = []
+    # As TRAIN. [] with a VAL_SHARE: that share of TRAIN, chosen by the images' names.
+    cfg.DATASETS.OWN.VAL = []
+    cfg.DATASETS.OWN.VAL_SHARE = 0.0
+    # Images that are left out, each as its path below the folder of images or as its list names it.
+    cfg.DATASETS.OWN.EXCLUDED = []
+    # Name of each class.
+    cfg.DATASETS.OWN.CLASS_NAMES = []
+    # [red, green, blue] to draw each class with; []: generated.
+    cfg.DATASETS.OWN.CLASS_COLORS = []
+    # Value of each class in the label files, and the values without ground truth. LABEL_IDS []: 0,
+    # 1, 2, ... LABEL_IGNORED []: every pixel has a class.
+    cfg.DATASETS.OWN.LABEL_IDS = []
+    cfg.DATASETS.OWN.LABEL_IGNORED = [255]
+    # Of label files that are colors: [red, green, blue] of each class, and those without ground
+    # truth. LABEL_IDS and LABEL_IGNORED are not used then.
+    cfg.DATASETS.OWN.LABEL_COLORS = []
+    cfg.DATASETS.OWN.IGNORED_COLORS = []
+
+    # --- Testing, beside Detectron2's keys.
+    # whole: the image in one piece. slide: in windows, whose logits are averaged where they meet.
+    cfg.TEST.INFERENCE = "whole"
+    cfg.TEST.SLIDE = CN()
+    # (height, width) of a window, and from one window to the next, in pixels of the network's
+    # input (released: 512 and 341, on Cityscapes (1024, 512) and 341).
+    cfg.TEST.SLIDE.WINDOW = (512, 512)
+    cfg.TEST.SLIDE.STRIDE = (341, 341)
+    # flat: all windows on a pixel count alike. gaussian: the less, the farther it is from the
+    # window's centre.
+    cfg.TEST.SLIDE.WEIGHTS = "flat"
+    # Keep and average the windows' logits on the CPU, when they are too many for the GPU.
+    cfg.TEST.SLIDE.ACCUMULATE_ON_CPU = False
+    # Windows in one forward pass.
+    cfg.TEST.SLIDE.BATCH_SIZE = 1
+    # Test-time augmentation (TEST.AUG.ENABLED; TEST.AUG.FLIP adds the mirrored image): factors of
+    # the test size. TEST.AUG.MIN_SIZES and MAX_SIZE are those of detection and are not read.
+    cfg.TEST.AUG.SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
+    # An image whose logits would take more MiB at its own size gets its labels without them ever
+    # being there together. 0: every image.
+    cfg.TEST.MEMORY_BUDGET_MB = 1024
+    # Measure boundary IoU (Cheng et al., CVPR 2021; within 0.02 of the image's diagonal), too.
+    cfg.TEST.BOUNDARY_IOU = False

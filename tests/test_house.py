@@ -14,9 +14,10 @@ TORCH_ONLY = {"memory", "attention", "fusion", "blocks"}
 ALLOWED = {
     "config": set(),
     "errors": set(),
+    "convert": {"errors"},
     "modeling": {"modeling", "errors"},
     "data": {"data", "errors"},
-    "evaluation": {"evaluation", "data", "errors"},
+    "evaluation": {"evaluation", "modeling", "data", "errors"},
     "visualization": {"visualization"},
     "engine": {"engine", "evaluation", "data", "modeling", "config", "errors"},
     "__init__": {"config", "data", "errors", "modeling"},

@@ -1,6 +1,8 @@
 import json
+import logging
 import os
 import re
+import runpy
 import signal
 import subprocess
 import sys
@@ -341,17 +343,28 @@ def test_processes_end_with_equal_weights_and_memories(tmp_path):
         ([], ["--num-gpus", "0"], "--num-gpus is 0"),
         (["MODEL.DEVICE", "gpu"], [], "MODEL.DEVICE is 'gpu', expected cuda, cpu"),
         (["SOLVER.MAX_ITER", "0"], [], "SOLVER.MAX_ITER is 0, expected at least 1"),
+        (["INPUT.TEST_RESIZE", "big"], [], "'big', expected one of shortest_edge, fixed, citys"),
         (["MODEL.SEM_SEG_HEAD.IGNORE_VALUE", "254"], [], "is 254, but scenes_train ignores 255"),
         (["DATASETS.TRAIN", "('ade20k_150_train',)", "MODEL.SEM_SEG_HEAD.NUM_CLASSES", "150"], [],
          "ADEChallengeData2016.*DETECTRON2_DATASETS"),
     ],
 )  # fmt: skip
-def test_mistakes_are_one_sentence_before_training(tmp_path, options, flags, message, monkeypatch):
+def test_mistakes_are_one_sentence_before_training(
+    tmp_path, options, flags, message, monkeypatch, capsys
+):
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "none"))
-    run = call(tmp_path / "output", *options, flags=flags)
-    assert run.returncode == 1
-    lines = [line for line in run.stderr.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1 and "Traceback" not in run.stderr
+    program, *arguments = command(tmp_path / "output", *options, program=(), flags=flags)
+    monkeypatch.setattr(sys, "argv", [program, *arguments])
+    # In this process: starting one costs seconds. The interpreter prints what it exits with.
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(program, run_name="__main__")
+    said = capsys.readouterr().err
+    if isinstance(stopped.value.code, str):
+        said += stopped.value.code
+    else:
+        assert stopped.value.code == 1
+    lines = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and "Traceback" not in said
     assert re.search(message, lines[0]), lines[0]
 
 
@@ -383,3 +396,155 @@ def test_bad_files_are_one_sentence_from_any_worker(tmp_path, monkeypatch, spoil
     assert len(errors) == 1 and re.search(message, errors[0]), run.stderr[-2000:]
     assert "Traceback" not in run.stdout + run.stderr
     assert re.search(message, (tmp_path / "output/log.txt").read_text())
+
+
+# --- the same recipe on another number of processes
+
+RECIPE = [
+    "SOLVER.REFERENCE_WORLD_SIZE", "4", "SOLVER.IMS_PER_BATCH", "8", "SOLVER.BASE_LR", "0.08",
+    "SOLVER.MAX_ITER", "6", "SOLVER.WARMUP_ITERS", "2", "SOLVER.STEPS", "(4,)",
+    "SOLVER.CHECKPOINT_PERIOD", "3", "TEST.EVAL_PERIOD", "2", "MODEL.MCIBI.LOSS_START_M", "3",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("processes_now, scale", [(1, 0.25), (2, 0.5), (4, 1), (8, 2)])
+def test_recipe_is_scaled_to_the_number_of_processes(tmp_path, processes_now, scale):
+    before = make_tiny_cfg(tmp_path, *RECIPE)
+    before.freeze()
+    cfg = Trainer.auto_scale_workers(before, processes_now)
+    for value, expected in (
+        (cfg.SOLVER.IMS_PER_BATCH, 8 * scale),
+        (cfg.SOLVER.BASE_LR, 0.08 * scale),
+        (cfg.SOLVER.MAX_ITER, 6 / scale),
+        (cfg.SOLVER.WARMUP_ITERS, 2 / scale),
+        (cfg.SOLVER.STEPS[0], 4 / scale),
+        (cfg.TEST.EVAL_PERIOD, 2 / scale),
+        (cfg.SOLVER.CHECKPOINT_PERIOD, round(3 / scale)),
+        (cfg.MODEL.MCIBI.LOSS_START_M, round(3 / scale)),
+    ):
+        assert value == pytest.approx(expected)
+    assert cfg.is_frozen() and before.SOLVER.IMS_PER_BATCH == 8
+
+
+def test_no_period_is_scaled_to_never(tmp_path):
+    cfg = make_tiny_cfg(tmp_path, *RECIPE, "SOLVER.CHECKPOINT_PERIOD", "1", "TEST.EVAL_PERIOD", "1")
+    cfg = Trainer.auto_scale_workers(cfg, 32)
+    assert (cfg.SOLVER.CHECKPOINT_PERIOD, cfg.TEST.EVAL_PERIOD) == (1, 1)
+    cfg = make_tiny_cfg(tmp_path, *RECIPE, "TEST.EVAL_PERIOD", "0")
+    assert Trainer.auto_scale_workers(cfg, 32).TEST.EVAL_PERIOD == 0
+
+
+def test_schedules_follow_the_recipe_on_fewer_processes(tmp_path, monkeypatch, three_scenes):
+    """A quarter of the processes: all happens after as many images as the recipe says."""
+    evaluated, seen = [], []
+    monkeypatch.setattr(
+        Trainer, "test", classmethod(lambda *_: evaluated.append(1) or {"sem_seg": {"mIoU": 1.0}})
+    )
+    trainer = Trainer(make_tiny_cfg(tmp_path, *RECIPE, *three_scenes))
+    assert trainer.max_iter == 24
+    head = trainer.model.sem_seg_head
+    memory_hook = next(h for h in trainer._hooks if type(h).__name__ == "MemoryUpdateHook")
+    run_step = trainer.run_step
+
+    def watched():
+        rate = trainer.optimizer.param_groups[0]["lr"]
+        seen.append((rate, head.memory_loss_active, memory_hook._momentum()))
+        run_step()
+
+    trainer.run_step = watched
+    trainer.train()
+    rates, active, momenta = zip(*seen, strict=True)
+    # Poly from 0.02, after a warm-up of 8; the memory loss from 12 on; Eq. 7 over 24.
+    assert rates[8:] == pytest.approx([0.02 * (1 - t / 24) ** 0.9 for t in range(8, 24)])
+    assert all(a < b for a, b in zip(rates[:8], rates[1:9], strict=True))
+    assert list(active) == [t >= 12 for t in range(24)]
+    expected = [(1 - t / 24) ** 0.9 * (0.9 - 0.009) + 0.009 for t in range(24)]
+    assert momenta == pytest.approx(expected)
+    assert len(evaluated) == 3
+    saved = {p.name for p in tmp_path.glob("model_0*.pth")}
+    assert saved == {"model_0000011.pth", "model_0000023.pth"}
+
+
+def test_resumed_on_another_number_of_processes_is_the_same_recipe(tmp_path):
+    """Three iterations of 8 images, as on 4 processes, then the rest by 2 on one process."""
+    whole = [*RECIPE, "SOLVER.REFERENCE_WORLD_SIZE", "1", "TEST.EVAL_PERIOD", "0"]
+    trainer = Trainer(make_tiny_cfg(tmp_path, *whole))
+    run_step = trainer.run_step
+
+    def stop_at_three():
+        if trainer.iter == 3:
+            raise KeyboardInterrupt
+        run_step()
+
+    trainer.run_step = stop_at_three
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    trainer = Trainer(make_tiny_cfg(tmp_path, *RECIPE, "TEST.EVAL_PERIOD", "0"))
+    trainer.resume_or_load(resume=True)
+    assert (trainer.start_iter, trainer.max_iter) == (12, 24)
+    rates, positions = [], []
+    run_step, forward = trainer.run_step, trainer.model.forward
+
+    def watched():
+        rates.append([group["lr"] for group in trainer.optimizer.param_groups][0])
+        run_step()
+
+    def forwarded(batch):
+        positions.extend(x["position"] for x in batch)
+        return forward(batch)
+
+    trainer.run_step, trainer.model.forward = watched, forwarded
+    trainer.train()
+    assert rates == pytest.approx([0.02 * (1 - t / 24) ** 0.9 for t in range(12, 24)])
+    assert positions == list(range(24, 48))
+
+
+# --- bad samples
+
+
+@pytest.fixture
+def camvid_with_a_bad_label(tmp_path, monkeypatch):
+    folder = tmp_path / "CamVid"
+    (folder / "train").mkdir(parents=True)
+    (folder / "trainannot").mkdir()
+    for i in range(4):
+        Image.new("RGB", (40, 30), (60 * i, 9, 9)).save(folder / f"train/train{i}.png")
+        Image.new("L", (40, 30), 200 if i == 1 else i).save(folder / f"trainannot/train{i}.png")
+    lines = [f"/x/train/train{i}.png /x/trainannot/train{i}.png" for i in range(4)]
+    (folder / "train.txt").write_text("\n".join(lines))
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+    return [
+        "DATASETS.TRAIN", "('camvid_11_train',)", "MODEL.SEM_SEG_HEAD.NUM_CLASSES", "11",
+        "DATALOADER.SKIP_BAD", "True", "MODEL.MCIBI.MEMORY.INIT", "first_batch_mean",
+    ]  # fmt: skip
+
+
+def _train_with_a_bad_label(rank, world_size, folder, options):
+    log = logging.FileHandler(f"{folder}/{rank}.txt")
+    logging.getLogger("mcibi_d2").addHandler(log)
+    Trainer(make_tiny_cfg(f"{folder}/output", *options)).train()
+
+
+def test_skipped_samples_are_reported_over_workers_and_processes(tmp_path, camvid_with_a_bad_label):
+    options = [*camvid_with_a_bad_label, "SOLVER.MAX_ITER", "8", "DATALOADER.NUM_WORKERS", "1"]
+    processes.run(_train_with_a_bad_label, 2, tmp_path, options)
+    logs = [(tmp_path / f"{rank}.txt").read_text() for rank in range(2)]
+    # 8 batches of 2 are four passes over the four samples; each process has half of them.
+    reason = r"train1\.png: label 200 is not in the table of camvid_11_train"
+    assert re.search(
+        rf"SKIP_BAD: 4 samples were skipped and replaced, 1 different ones:\n4 times: .*{reason}",
+        logs[0],
+    )
+    assert re.search(rf"Skipped a sample of iteration \d: .*{reason}", "".join(logs))
+    assert "SKIP_BAD" not in logs[1]
+
+
+def test_skipped_samples_are_counted_on_after_resuming(tmp_path, camvid_with_a_bad_label):
+    for iterations in ("2", "4"):
+        cfg = make_tiny_cfg(
+            tmp_path / "output", *camvid_with_a_bad_label, "SOLVER.MAX_ITER", iterations
+        )
+        trainer = Trainer(cfg)
+        trainer.resume_or_load(resume=True)
+        trainer.train()
+        assert trainer._trainer.skipped.total() == int(iterations) // 2

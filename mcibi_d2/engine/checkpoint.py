@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import IO
 
 import numpy as np
@@ -166,12 +166,20 @@ class Checkpointer(DetectionCheckpointer):
 
 @contextmanager
 def replacing(path: str) -> Iterator[IO[bytes]]:
-    """Write a file under a temporary name; it takes its own when it is complete."""
-    with open(f"{path}.tmp", "wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(f"{path}.tmp", path)
+    """Write a file under a temporary name; it takes its own when it is complete.
+
+    An error leaves neither.
+    """
+    try:
+        with open(f"{path}.tmp", "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(f"{path}.tmp", path)
+    except BaseException:
+        with suppress(OSError):
+            os.remove(f"{path}.tmp")
+        raise
 
 
 def check_weights_exist(path: str) -> None:

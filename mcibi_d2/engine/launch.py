@@ -13,6 +13,7 @@ from detectron2.engine import launch as detectron2_launch
 from detectron2.utils import comm
 from torch.multiprocessing import ProcessExitedException
 
+from ..data import register_own_dataset
 from ..errors import InputError
 
 
@@ -72,6 +73,8 @@ def launch(
 def _guarded(main: Callable, args: argparse.Namespace, cfg: CfgNode) -> None:
     logging.getLogger("detectron2.engine.train_loop").addFilter(_without_traceback)
     try:
+        # A process that was started, not forked, has the registrations of the import alone.
+        register_own_dataset(cfg)
         main(args, cfg)
     except InputError as error:
         print(f"error: {_sentence(error)}", file=sys.stderr, flush=True)

@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import importlib.util
+import math
 import os
 import tempfile
 
@@ -14,12 +15,16 @@ from detectron2.utils.file_io import PathManager
 from detectron2.utils.registry import Registry
 
 from ..config import add_mcibi_config
+from ..data import register_own_dataset
+from ..data.augmentation import TEST_RESIZES
 from ..errors import InputError
 from ..modeling.backbones import NORMS as BACKBONE_NORMS
+from ..modeling.backbones import VARIANTS
 from ..modeling.fusion import FUSIONS
-from ..modeling.head import RCL_BATCH_NORMS
+from ..modeling.head import ACTIVATIONS, RCL_BATCH_NORMS
 from ..modeling.memory import UPDATES
 from ..modeling.necks import NECKS
+from ..modeling.sliding import WEIGHTS as WINDOW_WEIGHTS
 from .checkpoint import check_weights_exist
 from .memory_hooks import SCHEDULES as MOMENTUM_SCHEDULES
 from .memory_init import INITS
@@ -35,6 +40,8 @@ SCHEDULES = (
 
 def load_config(config_file: str = "", options: list[str] | None = None) -> CfgNode:
     """Detectron2's defaults, this project's keys, a file, and ``KEY VALUE`` options.
+
+    The data set that ``DATASETS.OWN`` describes is registered.
 
     Args:
         config_file: YAML; "" for none.
@@ -57,6 +64,7 @@ def load_config(config_file: str = "", options: list[str] | None = None) -> CfgN
         cfg.merge_from_list(list(options or []))
     except Exception as error:
         raise InputError(f"command line: {_explain(error, known)}") from error
+    register_own_dataset(cfg)
     return cfg
 
 
@@ -135,11 +143,16 @@ def check_config(
         ("MODEL.MCIBI.FUSE_KERNEL", cfg.MODEL.MCIBI.FUSE_KERNEL, (1, 3)),
         ("MODEL.TIMM.NORM", cfg.MODEL.TIMM.NORM, BACKBONE_NORMS),
         ("MODEL.TIMM.NECK", cfg.MODEL.TIMM.NECK, NECKS),
+        ("MODEL.TIMM.VARIANT", cfg.MODEL.TIMM.VARIANT, VARIANTS),
+        ("MODEL.SEM_SEG_HEAD.ACTIVATION", cfg.MODEL.SEM_SEG_HEAD.ACTIVATION, ACTIVATIONS),
         ("SOLVER.AMP.PRECISION", cfg.SOLVER.AMP.PRECISION, PRECISIONS),
         ("SOLVER.LR_SCHEDULER_NAME", cfg.SOLVER.LR_SCHEDULER_NAME, SCHEDULES),
         ("INPUT.FORMAT", cfg.INPUT.FORMAT, ("RGB", "BGR")),
         ("INPUT.RANDOM_FLIP", cfg.INPUT.RANDOM_FLIP, ("none", "horizontal", "vertical")),
         ("INPUT.CROP.TYPE", cfg.INPUT.CROP.TYPE, ("absolute",)),
+        ("TEST.INFERENCE", cfg.TEST.INFERENCE, ("whole", "slide")),
+        ("TEST.SLIDE.WEIGHTS", cfg.TEST.SLIDE.WEIGHTS, WINDOW_WEIGHTS),
+        ("INPUT.TEST_RESIZE", cfg.INPUT.TEST_RESIZE, TEST_RESIZES),
     ):
         if value not in allowed:
             raise InputError(f"{key} is {value!r}, expected one of {', '.join(map(str, allowed))}")
@@ -156,12 +169,20 @@ def check_config(
             raise InputError(
                 f"MODEL.TIMM.{key} is {cfg.MODEL.TIMM[key]}, expected at least {least}"
             )
+    for key in ("AUX_CONVS", "AUX_UPSAMPLING"):
+        if cfg.MODEL.SEM_SEG_HEAD[key] < 1:
+            raise InputError(
+                f"MODEL.SEM_SEG_HEAD.{key} is {cfg.MODEL.SEM_SEG_HEAD[key]}, expected at least 1"
+            )
+    if len(cfg.MODEL.MCIBI.ASPP_DILATIONS) not in (0, 3):
+        raise InputError(
+            f"MODEL.MCIBI.ASPP_DILATIONS is {cfg.MODEL.MCIBI.ASPP_DILATIONS}, expected three or ()"
+        )
     if not 0 <= cfg.MODEL.TIMM.DROP_PATH < 1:
         raise InputError(
             f"MODEL.TIMM.DROP_PATH is {cfg.MODEL.TIMM.DROP_PATH}, expected 0 <= rate < 1"
         )
-    if cfg.INPUT.CROP.ENABLED and len(cfg.INPUT.CROP.SIZE) != 2:
-        raise InputError(f"INPUT.CROP.SIZE is {cfg.INPUT.CROP.SIZE}, expected [height, width]")
+    _check_sizes(cfg.INPUT)
     try:
         on_gpu = torch.device(cfg.MODEL.DEVICE).type == "cuda"
     except RuntimeError as error:
@@ -189,12 +210,61 @@ def check_config(
             f"SOLVER.BASE_LR is {cfg.SOLVER.BASE_LR}, expected more than 0 for "
             f"MODEL.MCIBI.MEMORY.MOMENTUM_SCHEDULE lr"
         )
+    _check_test(cfg.TEST)
     _check_data(cfg, train)
     _check_output(cfg.OUTPUT_DIR)
 
 
 def _names(registry: Registry) -> list[str]:
     return [name for name, _ in registry]
+
+
+def _check_test(test: CfgNode) -> None:
+    """The windows cover an image, and the numbers are in their ranges."""
+    for key in ("WINDOW", "STRIDE"):
+        if len(test.SLIDE[key]) != 2 or min(test.SLIDE[key]) < 1:
+            raise InputError(f"TEST.SLIDE.{key} is {test.SLIDE[key]}, expected [height, width]")
+    if any(s > w for s, w in zip(test.SLIDE.STRIDE, test.SLIDE.WINDOW, strict=True)):
+        raise InputError(
+            f"TEST.SLIDE.STRIDE is {test.SLIDE.STRIDE}, expected at most TEST.SLIDE.WINDOW "
+            f"{test.SLIDE.WINDOW}: pixels between the windows would have no class"
+        )
+    if test.SLIDE.BATCH_SIZE < 1:
+        raise InputError(f"TEST.SLIDE.BATCH_SIZE is {test.SLIDE.BATCH_SIZE}, expected at least 1")
+    if not test.AUG.SCALES or min(test.AUG.SCALES) <= 0:
+        raise InputError(f"TEST.AUG.SCALES is {test.AUG.SCALES}, expected factors above 0")
+    if test.MEMORY_BUDGET_MB < 0:
+        raise InputError(f"TEST.MEMORY_BUDGET_MB is {test.MEMORY_BUDGET_MB}, expected at least 0")
+
+
+def _check_sizes(inputs: CfgNode) -> None:
+    """What the augmentation is told is possible."""
+    for key, value, used in (
+        ("CROP.SIZE", inputs.CROP.SIZE, inputs.CROP.ENABLED),
+        ("FIXED_SIZE_TEST", inputs.FIXED_SIZE_TEST, inputs.TEST_RESIZE == "fixed"),
+        ("SCALE_BASE", inputs.SCALE_BASE, tuple(inputs.SCALE_BASE) != (0, 0)),
+    ):
+        if used and (len(value) != 2 or any(x != int(x) or x < 1 for x in value)):
+            raise InputError(f"INPUT.{key} is {value}, expected (height, width) in pixels")
+    for key, value, least, most in (
+        ("MIN_SIZE_TEST", inputs.MIN_SIZE_TEST, 0, math.inf),
+        ("MAX_SIZE_TEST", inputs.MAX_SIZE_TEST, 1, math.inf),
+        ("CROP.SINGLE_CATEGORY_MAX_AREA", inputs.CROP.SINGLE_CATEGORY_MAX_AREA, 0, 1),
+        ("ROTATION_DEGREES", inputs.ROTATION_DEGREES, 0, 180),
+        ("ROTATION_PROB", inputs.ROTATION_PROB, 0, 1),
+    ):
+        if not least <= value <= most:
+            expected = f"at least {least}" if most == math.inf else f"{least}..{most}"
+            raise InputError(f"INPUT.{key} is {value}, expected {expected}")
+    if len(inputs.SCALE_RANGE) != 2 or not 0 < inputs.SCALE_RANGE[0] <= inputs.SCALE_RANGE[1]:
+        raise InputError(
+            f"INPUT.SCALE_RANGE is {inputs.SCALE_RANGE}, expected (smallest, largest) factor"
+        )
+    if not inputs.SCALE_KEEP_RATIO and tuple(inputs.SCALE_BASE) == (0, 0):
+        raise InputError(
+            "INPUT.SCALE_KEEP_RATIO is False, but INPUT.SCALE_BASE is (0, 0), expected the "
+            "(height, width) that images are brought to"
+        )
 
 
 def _check_memory(memory: CfgNode, train: bool) -> None:

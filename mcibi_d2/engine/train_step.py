@@ -1,6 +1,8 @@
 """One training step, on any device and in any precision, without waiting for the device."""
 
+import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 
 import numpy as np
@@ -33,6 +35,9 @@ class TrainStep(SimpleTrainer):
     of each of ``flush_periods``, before anything is written or evaluated. A loss that is not
     finite then stops the run, naming the loss, the iteration and the batch, before a checkpoint
     could be written with its weights.
+
+    Samples that the loader left out (``DATALOADER.SKIP_BAD``) are counted: each batch says so in
+    ``skipped`` of its records.
 
     The random state of each iteration (dropout) is a function of the seed, the process and the
     iteration, so that a resumed run goes on as if it had not been stopped.
@@ -69,6 +74,10 @@ class TrainStep(SimpleTrainer):
         # Called on all processes with the iteration of a loss that is not finite, for what else is
         # known about it. A hook may put something here.
         self.explain: Callable[[int], str] = lambda iteration: ""
+        # Why samples were skipped, and how often each, in all processes until the last flush.
+        self.skipped: Counter[str] = Counter()
+        self._own_skipped: Counter[str] = Counter()
+        self._said: set[str] = set()
         self._names: list[str] = []
         self._pending: list[tuple[int, list[str], torch.Tensor]] = []
 
@@ -78,6 +87,7 @@ class TrainStep(SimpleTrainer):
         start = time.perf_counter()
         batch = next(self._data_loader_iter)
         get_event_storage().put_scalar("data_time", time.perf_counter() - start)
+        self._note_skipped(batch)
 
         state = np.random.SeedSequence([self.seed, self.iter, comm.get_rank()]).generate_state(1)
         torch.manual_seed(int(state[0]))
@@ -96,6 +106,16 @@ class TrainStep(SimpleTrainer):
         if is_due(self.iter + 1, self.max_iter, self._flush_periods):
             self.flush()
 
+    def _note_skipped(self, batch: list[dict]) -> None:
+        """Count what the loader left out for this batch, and log what is new."""
+        for reason in (reason for x in batch for reason in x.pop("skipped", ())):
+            self._own_skipped[reason] += 1
+            if reason not in self._said:
+                self._said.add(reason)
+                logging.getLogger(__name__).warning(
+                    f"Skipped a sample of iteration {self.iter}: {reason}"
+                )
+
     def flush(self) -> None:
         """Read the losses of the iterations since the last time, check and log them.
 
@@ -113,8 +133,10 @@ class TrainStep(SimpleTrainer):
             bad = (iterations[row], self._names[column], values[row, column], files[row])
         means = dict(zip(self._names, values.mean(axis=0).tolist(), strict=True))
         # Every process hears of the first bad loss of any, and stops with the same words.
-        of_all = comm.all_gather((bad, means))
-        bad = min((b for b, _ in of_all if b), default=None, key=lambda b: b[0])
+        of_all = comm.all_gather((bad, means, self._own_skipped))
+        self._own_skipped = Counter()
+        self.skipped = sum((skipped for _, _, skipped in of_all), self.skipped)
+        bad = min((b for b, _, _ in of_all if b), default=None, key=lambda b: b[0])
         if bad:
             iteration, name, value, names = bad
             raise InputError(
@@ -124,19 +146,21 @@ class TrainStep(SimpleTrainer):
             )
         if comm.is_main_process():
             storage = get_event_storage()
-            means = {name: float(np.mean([m[name] for _, m in of_all])) for name in means}
+            means = {name: float(np.mean([m[name] for _, m, _ in of_all])) for name in means}
             storage.put_scalar("total_loss", sum(means.values()))
             storage.put_scalars(**means)
 
     def state_dict(self) -> dict:
-        """Of the optimiser and the gradient scaler."""
+        """Of the optimiser, the gradient scaler, and what was skipped."""
         state = super().state_dict()
+        state["skipped"] = dict(self.skipped)
         if self._scaler.is_enabled():
             state["grad_scaler"] = self._scaler.state_dict()
         return state
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """Restore the optimiser and the gradient scaler."""
+        """Restore the optimiser, the gradient scaler, and what was skipped."""
         super().load_state_dict(state_dict)
+        self.skipped = Counter(state_dict.get("skipped", {}))
         if self._scaler.is_enabled() and "grad_scaler" in state_dict:
             self._scaler.load_state_dict(state_dict["grad_scaler"])

@@ -1,10 +1,13 @@
 """Detectron2's DefaultTrainer for semantic segmentation with a feature memory."""
 
+import contextlib
 import json
 import logging
 import math
 import os
 import weakref
+from collections import OrderedDict
+from collections.abc import Iterator
 
 import torch
 from detectron2.data import MetadataCatalog, build_detection_test_loader
@@ -22,9 +25,10 @@ from fvcore.common.param_scheduler import ParamScheduler
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..data import SemSegMapper, build_train_loader
+from ..data import SemSegMapper, build_train_loader, register_own_dataset
 from ..data.loader import move_to_iteration
-from ..evaluation import SemSegEvaluator
+from ..errors import InputError
+from ..evaluation import SemanticSegmentorWithTTA, SemSegEvaluator
 from .batch_norm_hook import AverageStatisticsHook
 from .checkpoint import Checkpointer, replacing
 from .memory_hooks import MemoryUpdateHook, find_memories
@@ -34,6 +38,8 @@ from .train_step import TrainStep
 LOG_PERIOD = 20
 # Parameters that no file of backbone weights holds, and SOLVER.HEAD_LR_FACTOR is for.
 _NEW = ("sem_seg_head.", "backbone.neck.", "backbone.norms.")
+# Skipped samples that are named at the end of the training.
+MAX_REPORTED = 20
 
 
 class Trainer(DefaultTrainer):
@@ -54,7 +60,8 @@ class Trainer(DefaultTrainer):
         if not logging.getLogger("detectron2").isEnabledFor(logging.INFO):
             for name in ("detectron2", "mcibi_d2"):  # default_setup was not called
                 setup_logger(name=name)
-        cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
+        register_own_dataset(cfg)
+        cfg = self.auto_scale_workers(cfg, comm.get_world_size())
         self.cfg = cfg
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
@@ -105,32 +112,105 @@ class Trainer(DefaultTrainer):
 
     def after_train(self) -> None:
         """Run the hooks; after an error, without evaluating or keeping what it left behind."""
+        self._report_skipped()
         if self.iter < self.max_iter:
             final = (hooks.EvalHook, KeepBest)
             self._hooks = [hook for hook in self._hooks if not isinstance(hook, final)]
         super().after_train()
 
+    def _report_skipped(self) -> None:
+        skipped = getattr(self._trainer, "skipped", None)
+        if not skipped or not comm.is_main_process():
+            return
+        lines = [f"{times} times: {reason}" for reason, times in skipped.most_common(MAX_REPORTED)]
+        if len(skipped) > len(lines):
+            lines.append(
+                f"... and {len(skipped) - len(lines)} more, each in the log of its process"
+            )
+        logging.getLogger(__name__).warning(
+            f"DATALOADER.SKIP_BAD: {skipped.total()} samples were skipped and replaced, "
+            f"{len(skipped)} different ones:\n" + "\n".join(lines)
+        )
+
+    @staticmethod
+    def auto_scale_workers(cfg, num_workers: int):
+        """The same recipe on another number of processes (``SOLVER.REFERENCE_WORLD_SIZE``).
+
+        Detectron2's rule: batch and learning rate in proportion, iterations, warm-up, steps and
+        periods in inverse proportion. So does the first iteration with the memory loss; the
+        memory's momentum follows the iterations by itself. No period becomes 0, which is never.
+        """
+        before, cfg = cfg, DefaultTrainer.auto_scale_workers(cfg, num_workers)
+        if cfg is before:
+            return cfg
+        scale = num_workers / before.SOLVER.REFERENCE_WORLD_SIZE
+        frozen = cfg.is_frozen()
+        cfg.defrost()
+        cfg.MODEL.MCIBI.LOSS_START_M = round(before.MODEL.MCIBI.LOSS_START_M / scale)
+        for room, key in (
+            ("SOLVER", "MAX_ITER"),
+            ("SOLVER", "CHECKPOINT_PERIOD"),
+            ("TEST", "EVAL_PERIOD"),
+        ):
+            if before[room][key] > 0:
+                cfg[room][key] = max(1, cfg[room][key])
+        if frozen:
+            cfg.freeze()
+        return cfg
+
     def state_dict(self) -> dict:
         """Everything that a resumed run needs beside the model."""
-        batch = self.cfg.SOLVER.IMS_PER_BATCH
-        return {**super().state_dict(), "seed": self.seed, "ims_per_batch": batch}
+        return {
+            **super().state_dict(),
+            "seed": self.seed,
+            "ims_per_batch": self.cfg.SOLVER.IMS_PER_BATCH,
+            "max_iter": self.max_iter,
+        }
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """Restore the iteration, the hooks, the optimiser and the seed."""
+        """Restore the iteration, the hooks, the optimiser and the seed.
+
+        A checkpoint of the same recipe with another batch size, so one that was written on another
+        number of processes, goes on after as many images.
+        """
+        rates = [group["initial_lr"] for group in self.optimizer.param_groups]
         super().load_state_dict(state_dict)
         self.seed = state_dict.get("seed", self.seed)
         before, now = state_dict.get("ims_per_batch"), self.cfg.SOLVER.IMS_PER_BATCH
-        if before not in (None, now):
-            logging.getLogger(__name__).warning(
+        if before in (None, now):
+            return
+        logger = logging.getLogger(__name__)
+        # Iterations are whole numbers, so that the two need not have the same images exactly.
+        if abs(before * state_dict.get("max_iter", 0) - now * self.max_iter) <= max(before, now):
+            done = round((self.iter + 1) * before / now)
+            logger.info(
+                f"The checkpoint was written after {self.iter + 1} iterations of "
+                f"{before} images; these are {done} of {now}."
+            )
+            self.iter = done - 1
+            self._continue_schedule(rates, done)
+        else:
+            logger.warning(
                 f"The checkpoint was written with SOLVER.IMS_PER_BATCH {before}, now it is {now}: "
                 f"the iterations done count as many of the new size, and the order of the data is "
                 f"another"
             )
 
+    def _continue_schedule(self, rates: list[float], done: int) -> None:
+        """Take this run's learning rates, instead of those of the checkpoint."""
+        self.scheduler.base_lrs = rates
+        self.scheduler.last_epoch = done
+        values = self.scheduler.get_lr()
+        for group, initial, value in zip(self.optimizer.param_groups, rates, values, strict=True):
+            group["initial_lr"], group["lr"] = initial, value
+
     def build_hooks(self) -> list[HookBase]:
         """Detectron2's hooks, the memory's, and the keeper of the best checkpoint."""
         cfg, memory = self.cfg, self.cfg.MODEL.MCIBI.MEMORY
         built = super().build_hooks()
+        if cfg.TEST.AUG.ENABLED and cfg.DATASETS.TEST:
+            evaluation = next(i for i, h in enumerate(built) if isinstance(h, hooks.EvalHook))
+            built.insert(evaluation + 1, hooks.EvalHook(0, self._evaluate_with_tta))
         if find_memories(self.model):
             # Before the hook that steps the learning rate and before the checkpoint.
             update = MemoryUpdateHook(
@@ -171,12 +251,57 @@ class Trainer(DefaultTrainer):
         return build_detection_test_loader(cfg, dataset_name, mapper=SemSegMapper(cfg, False))
 
     @classmethod
-    def build_evaluator(cls, cfg, dataset_name: str) -> DatasetEvaluator:
+    def build_evaluator(
+        cls, cfg, dataset_name: str, output_folder: str | None = None
+    ) -> DatasetEvaluator:
         """See :class:`mcibi_d2.evaluation.SemSegEvaluator`."""
-        folder = os.path.join(cfg.OUTPUT_DIR, "inference")
+        folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference")
         if len(cfg.DATASETS.TEST) > 1:
             folder = os.path.join(folder, dataset_name)
-        return SemSegEvaluator(dataset_name, output_dir=folder)
+        return SemSegEvaluator(dataset_name, output_dir=folder, boundary_iou=cfg.TEST.BOUNDARY_IOU)
+
+    @classmethod
+    def test(
+        cls, cfg, model: nn.Module, evaluators: DatasetEvaluator | list | None = None
+    ) -> OrderedDict:
+        """Evaluate on ``DATASETS.TEST``; see ``DefaultTrainer.test``.
+
+        A model that can gives labels instead of logits to :class:`SemSegEvaluator`, which is
+        faster. Other evaluators get logits.
+        """
+        if evaluators is None:
+            evaluators = [cls.build_evaluator(cfg, name) for name in cfg.DATASETS.TEST]
+        elif isinstance(evaluators, DatasetEvaluator):
+            evaluators = [evaluators]
+        with contextlib.ExitStack() as stack:
+            if all(isinstance(evaluator, SemSegEvaluator) for evaluator in evaluators):
+                stack.enter_context(_labels_only(model))
+            try:
+                return super().test(cfg, model, evaluators)
+            except InputError:
+                for evaluator in evaluators:
+                    if isinstance(evaluator, SemSegEvaluator):
+                        evaluator.break_off()
+                raise
+
+    @classmethod
+    def test_with_TTA(cls, cfg, model: nn.Module) -> OrderedDict:
+        """Evaluate with test-time augmentation (``TEST.AUG``); keys end in ``_TTA``."""
+        mirrored = " and mirror images" if cfg.TEST.AUG.FLIP else ""
+        logging.getLogger(__name__).info(
+            f"Evaluating with test-time augmentation: scales {tuple(cfg.TEST.AUG.SCALES)}{mirrored}"
+        )
+        folder = os.path.join(cfg.OUTPUT_DIR, "inference_TTA")
+        evaluators = [
+            cls.build_evaluator(cfg, name, output_folder=folder) for name in cfg.DATASETS.TEST
+        ]
+        results = cls.test(cfg, SemanticSegmentorWithTTA(cfg, model), evaluators)
+        return OrderedDict({f"{key}_TTA": value for key, value in results.items()})
+
+    def _evaluate_with_tta(self) -> OrderedDict:
+        results = self.test_with_TTA(self.cfg, self.model)
+        self._last_eval_results.update(results)
+        return results
 
     @classmethod
     def build_optimizer(cls, cfg, model: nn.Module) -> torch.optim.Optimizer:
@@ -215,6 +340,20 @@ class Trainer(DefaultTrainer):
             solver.WARMUP_METHOD,
         )
         return LRMultiplier(optimizer, multiplier=warmup, max_iter=solver.MAX_ITER)
+
+
+@contextlib.contextmanager
+def _labels_only(model: nn.Module) -> Iterator[None]:
+    """Let a model that can give labels instead of logits."""
+    model = model.module if isinstance(model, DistributedDataParallel) else model
+    if not hasattr(model, "labels_only"):
+        yield
+        return
+    before, model.labels_only = model.labels_only, True
+    try:
+        yield
+    finally:
+        model.labels_only = before
 
 
 class PolyParamScheduler(ParamScheduler):
