@@ -200,6 +200,8 @@ def check_config(
         raise InputError(
             f"SOLVER.IMS_PER_BATCH is {cfg.SOLVER.IMS_PER_BATCH}, expected a multiple of the "
             f"{reference} processes"
+            + " it is for (SOLVER.REFERENCE_WORLD_SIZE; 0 takes the batch as it stands)"
+            * bool(cfg.SOLVER.REFERENCE_WORLD_SIZE)
         )
     for key in ("LOSS_WEIGHT_W", "LOSS_WEIGHT_M", "LOSS_START_M"):
         if cfg.MODEL.MCIBI[key] < 0:
