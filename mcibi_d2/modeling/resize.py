@@ -68,28 +68,35 @@ def resize_argmax(
         x.to(device) for x in positions(logits.shape[2], padded_size[1], size[1], out_size[1])
     )
     between = between.to(device)[:, None, None]
-    rows = logits.float().transpose(0, 1).contiguous()  # (h, K, w): one row's classes together
+    # (h, K, w): one row's classes together.
+    rows = logits.detach().float().transpose(0, 1).contiguous()
     labels = torch.empty(out_size, dtype=label_type(len(logits)), device=device)
-    wide: dict[int, Tensor] = {}
+    # Memory that is used again for every strip: taking it anew is slower, and lets a process grow.
+    wide, neighbours = rows.new_empty(2, 2, len(logits), out_size[1])
+    held = [-1, -1]
 
     def widened(y: int) -> Tensor:
-        """Row y of the map at the width of the result, (K, width). The last two are kept."""
-        if y not in wide:
-            if len(wide) > 1:
-                del wide[min(wide)]
-            neighbours = (rows[y].index_select(1, side) for side in (left, right))
-            wide[y] = torch.lerp(*neighbours, across)
-        return wide[y]
+        """Row y at the width of the result, (K, width); it and its neighbour are kept."""
+        slot = y % 2
+        if held[slot] != y:
+            for side, neighbour in zip((left, right), neighbours, strict=True):
+                torch.index_select(rows[y], 1, side, out=neighbour)
+            torch.lerp(*neighbours, across, out=wide[slot])
+            held[slot] = y
+        return wide[slot]
 
     # Rows of the result between the same two rows of the map are made together.
     most = max(1, CACHED_BYTES // (len(logits) * out_size[1] * 4))
     lower, upper = lower.tolist(), upper.tolist()
+    strip = rows.new_empty(min(most, out_size[0]), len(logits), out_size[1])
     start = 0
     while start < out_size[0]:
         stop = start + 1
         while stop < min(start + most, out_size[0]) and lower[stop] == lower[start]:
             stop += 1
-        scores = torch.lerp(widened(lower[start]), widened(upper[start]), between[start:stop])
+        scores = strip[: stop - start]
+        first, second = widened(lower[start]), widened(upper[start])
+        torch.lerp(first, second, between[start:stop], out=scores)
         labels[start:stop] = best_class(scores, dim=1)
         start = stop
     return labels
