@@ -201,6 +201,11 @@ def add_mcibi_config(cfg: CN) -> None:
     # --- Testing, beside Detectron2's keys.
     # whole: the image in one piece. slide: in windows, whose logits are averaged where they meet.
     cfg.TEST.INFERENCE = "whole"
+    # True: where the authors' released code tests in another way, do as it does, for the same
+    # numbers. Test images are resized by OpenCV (bilinear between four pixels, whatever they
+    # shrink), and scaled further in the same way; windows and augmentations are averaged as
+    # probabilities, taken before the resizing; and padding is not cut off but squeezed away.
+    cfg.TEST.RELEASED = False
     cfg.TEST.SLIDE = CN()
     # (height, width) of a window, and from one window to the next, in pixels of the network's
     # input (released: 512 and 341, on Cityscapes (1024, 512) and 341).
@@ -216,6 +221,8 @@ def add_mcibi_config(cfg: CN) -> None:
     # Test-time augmentation (TEST.AUG.ENABLED; TEST.AUG.FLIP adds the mirrored image): factors of
     # the test size. TEST.AUG.MIN_SIZES and MAX_SIZE are those of detection and are not read.
     cfg.TEST.AUG.SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
+    # Whether augmentations are averaged as probabilities or as logits (released on LIP).
+    cfg.TEST.AUG.SOFTMAX = True
     # An image whose logits would take more MiB at its own size gets its labels without them ever
     # being there together. 0: every image.
     cfg.TEST.MEMORY_BUDGET_MB = 1024

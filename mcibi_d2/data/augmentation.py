@@ -324,6 +324,43 @@ class ColorJitter(T.Augmentation):
         return ColorJitterTransform(self.img_format)
 
 
+class OpenCVResize(T.Augmentation):
+    """Another augmentation's resizing, done by OpenCV: bilinear, with aliasing.
+
+    Args:
+        resize: whose transforms are Detectron2's ``ResizeTransform``.
+    """
+
+    def __init__(self, resize: T.Augmentation):
+        super().__init__()
+        self.resize = resize
+
+    def get_transform(self, image: np.ndarray) -> Transform:
+        """The resizing of ``image`` (H, W, C)."""
+        return OpenCVResizeTransform(self.resize.get_transform(image))
+
+
+class OpenCVResizeTransform(Transform):
+    """See :class:`OpenCVResize`.
+
+    Args:
+        resize: to which size.
+    """
+
+    def __init__(self, resize: T.ResizeTransform):
+        super().__init__()
+        self.resize = resize
+
+    def apply_image(self, image: np.ndarray) -> np.ndarray:
+        """Bilinear."""
+        size = (self.resize.new_w, self.resize.new_h)
+        return cv2.resize(image, size, interpolation=cv2.INTER_LINEAR)
+
+    def apply_coords(self, coords: np.ndarray) -> np.ndarray:
+        """Move (x, y) points."""
+        return self.resize.apply_coords(coords)
+
+
 class ColorPadTransform(PadTransform):
     """fvcore's padding, with a colour.
 
@@ -414,15 +451,18 @@ def build_test_augmentation(cfg) -> list[T.Augmentation]:
 
     ``shortest_edge``: the shorter side is ``INPUT.MIN_SIZE_TEST`` (0: the image's own size), the
     longer one at most ``INPUT.MAX_SIZE_TEST``. ``fixed``: ``INPUT.FIXED_SIZE_TEST``, whatever the
-    image's ratio. ``cityscapes``: the shorter side is 1024 (paper, section 4.1).
+    image's ratio. ``cityscapes``: the shorter side is 1024 (paper, section 4.1). OpenCV resizes
+    with ``TEST.RELEASED``, else Pillow.
     """
     match cfg.INPUT.TEST_RESIZE:
         case "fixed":
-            return [T.Resize(tuple(cfg.INPUT.FIXED_SIZE_TEST))]
+            resize = T.Resize(tuple(cfg.INPUT.FIXED_SIZE_TEST))
         case "cityscapes":
-            shortest, longest = CITYSCAPES_SHORTER_SIDE, sys.maxsize
+            shortest, longest = [CITYSCAPES_SHORTER_SIDE] * 2, sys.maxsize
+            resize = T.ResizeShortestEdge(shortest, longest, "choice")
+        case _ if cfg.INPUT.MIN_SIZE_TEST == 0:
+            return []
         case _:
-            shortest, longest = cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST
-    if shortest == 0:
-        return []
-    return [T.ResizeShortestEdge([shortest, shortest], longest, "choice")]
+            shortest, longest = [cfg.INPUT.MIN_SIZE_TEST] * 2, cfg.INPUT.MAX_SIZE_TEST
+            resize = T.ResizeShortestEdge(shortest, longest, "choice")
+    return [OpenCVResize(resize) if cfg.TEST.RELEASED else resize]

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from detectron2.config import configurable
 from detectron2.data import MetadataCatalog
 from detectron2.data import transforms as T
@@ -40,6 +41,9 @@ class SemanticSegmentorWithTTA(nn.Module):
             ``dataset_name``) has no ``flip_pairs`` in its metadata.
         image_format: ``RGB`` or ``BGR``.
         memory_budget_mb: MiB that the probabilities of an image may take.
+        softmax: whether probabilities are added up, or logits.
+        released: as the authors' released code: the resized image is scaled, bilinearly, and the
+            softmax is before the resizing of the result.
     """
 
     @configurable
@@ -52,6 +56,8 @@ class SemanticSegmentorWithTTA(nn.Module):
         flip_pairs: Sequence[Sequence[int]] = (),
         image_format: str = "RGB",
         memory_budget_mb: float = 1024,
+        softmax: bool = True,
+        released: bool = False,
     ):
         super().__init__()
         self.model = model.module if isinstance(model, DistributedDataParallel) else model
@@ -61,6 +67,8 @@ class SemanticSegmentorWithTTA(nn.Module):
         self.flip_pairs = flip_pairs
         self.image_format = image_format
         self.memory_budget_mb = memory_budget_mb
+        self.softmax = softmax
+        self.released = released
         self.labels_only = False
 
     @classmethod
@@ -75,6 +83,8 @@ class SemanticSegmentorWithTTA(nn.Module):
             "flip_pairs": pairs,
             "image_format": cfg.INPUT.FORMAT,
             "memory_budget_mb": cfg.TEST.MEMORY_BUDGET_MB,
+            "softmax": cfg.TEST.AUG.SOFTMAX,
+            "released": cfg.TEST.RELEASED,
         }
 
     @torch.no_grad()
@@ -86,7 +96,8 @@ class SemanticSegmentorWithTTA(nn.Module):
 
         Returns:
             One dict per image, with ``labels`` (height, width) under the conditions of
-            :class:`MCIBISegmentor`, else ``sem_seg`` (K, height, width), the mean probabilities.
+            :class:`MCIBISegmentor`, else ``sem_seg`` (K, height, width), the mean probabilities
+            (or logits).
         """
         return [self._forward_one(x) for x in batched_inputs]
 
@@ -96,7 +107,8 @@ class SemanticSegmentorWithTTA(nn.Module):
         for image, mirrored in self._augmented(x):
             height, width = _out_size(x)
             scores = self._scores({"image": image, "height": height, "width": width})
-            scores = ProbabilityMap(scores, self._swapped(x, scores) if mirrored else None)
+            swapped = self._swapped(x, scores) if mirrored else None
+            scores = AugmentedMap(scores, swapped, self.softmax and not self.released)
             count += 1
             if scores.nbytes > self.memory_budget_mb * 2**20:
                 kept.append(scores)
@@ -112,9 +124,12 @@ class SemanticSegmentorWithTTA(nn.Module):
         return {"labels": torch.cat([best_class(total[:, a:b]) for a, b in scores.bands()])}
 
     def _scores(self, x: dict) -> ScoreMap:
+        early = self.softmax and self.released
         if hasattr(self.model, "score_maps"):
-            return self.model.score_maps([x])[0]
+            return self.model.score_maps([x], probabilities=early)[0]
         logits = self.model([x])[0]["sem_seg"]
+        if early:
+            logits = logits.softmax(dim=0)
         size = tuple(logits.shape[1:])
         return ResizedMap(logits, size, size, size)
 
@@ -123,7 +138,9 @@ class SemanticSegmentorWithTTA(nn.Module):
         original = None
         for scale in self.scales:
             image = x["image"]
-            if scale != 1:
+            if scale != 1 and self.released:
+                image = F.interpolate(image[None].float(), scale_factor=scale, mode="bilinear")[0]
+            elif scale != 1:
                 original = self._original(x) if original is None else original
                 height, width = (max(1, round(side * scale)) for side in image.shape[1:])
                 resize = T.ResizeTransform(*original.shape[:2], height, width)
@@ -157,22 +174,26 @@ def _out_size(x: dict) -> tuple[int, int]:
     return x.get("height", x["image"].shape[1]), x.get("width", x["image"].shape[2])
 
 
-class ProbabilityMap(ScoreMap):
-    """The softmax of logits, mirrored back if they are of a mirror image.
+class AugmentedMap(ScoreMap):
+    """The scores of one augmentation, mirrored back if they are of a mirror image.
 
     Args:
-        logits: of one augmentation.
+        scores: logits or probabilities.
         swapped: of a mirror image, which of its classes each class is; else None.
+        softmax: whether to turn logits into probabilities.
     """
 
-    def __init__(self, logits: ScoreMap, swapped: Tensor | None):
-        super().__init__(logits.num_classes, logits.size, logits.device)
-        self._logits = logits
+    def __init__(self, scores: ScoreMap, swapped: Tensor | None, softmax: bool):
+        super().__init__(scores.num_classes, scores.size, scores.device)
+        self._scores = scores
         self._swapped = swapped
+        self._softmax = softmax and not scores.probabilities
 
     def rows(self, start: int, stop: int) -> Tensor:
         """See :meth:`ScoreMap.rows`."""
-        scores = self._logits.rows(start, stop).softmax(dim=0)
+        scores = self._scores.rows(start, stop)
+        if self._softmax:
+            scores = scores.softmax(dim=0)
         return scores if self._swapped is None else scores[self._swapped].flip(2)
 
 

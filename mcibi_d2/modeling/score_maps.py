@@ -22,11 +22,16 @@ DEVICE_BAND_BYTES = 64 * 2**20
 class ScoreMap(ABC):
     """Scores of K classes for every pixel of one image.
 
+    Attributes:
+        probabilities: whether the scores are probabilities, not logits.
+
     Args:
         num_classes: K.
         size: (height, width) of the image.
         device: where the scores are.
     """
+
+    probabilities = False
 
     def __init__(self, num_classes: int, size: tuple[int, int], device: torch.device):
         self.num_classes = num_classes
@@ -65,7 +70,7 @@ class ScoreMap(ABC):
 
 
 class ResizedMap(ScoreMap):
-    """The logits of a network, resized once.
+    """The scores of a network, resized once.
 
     Args:
         logits: (K, h, w), covering the padded image.

@@ -35,6 +35,8 @@ class MCIBISegmentor(nn.Module):
         pixel_std: per channel.
         sliding: how images are cut into windows at test time; None: they are not.
         memory_budget_mb: MiB that the logits of an image may take at its own size.
+        released: bring logits to the size of the image with its padding instead of cutting that
+            off, as the authors' released code does it. For one image at a time.
     """
 
     @configurable
@@ -47,6 +49,7 @@ class MCIBISegmentor(nn.Module):
         pixel_std: tuple[float, ...],
         sliding: SlidingWindow | None = None,
         memory_budget_mb: float = 1024,
+        released: bool = False,
     ):
         super().__init__()
         self.backbone = backbone
@@ -55,6 +58,7 @@ class MCIBISegmentor(nn.Module):
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), False)
         self.sliding = sliding
         self.memory_budget_mb = memory_budget_mb
+        self.released = released
         self.labels_only = False
 
     @classmethod
@@ -68,6 +72,7 @@ class MCIBISegmentor(nn.Module):
             slide.WEIGHTS,
             slide.ACCUMULATE_ON_CPU,
             slide.BATCH_SIZE,
+            cfg.TEST.RELEASED,
         )
         return {
             "backbone": backbone,
@@ -76,6 +81,7 @@ class MCIBISegmentor(nn.Module):
             "pixel_std": cfg.MODEL.PIXEL_STD,
             "sliding": sliding if cfg.TEST.INFERENCE == "slide" else None,
             "memory_budget_mb": cfg.TEST.MEMORY_BUDGET_MB,
+            "released": cfg.TEST.RELEASED,
         }
 
     @property
@@ -128,18 +134,22 @@ class MCIBISegmentor(nn.Module):
                 results.append({"sem_seg": scores.scores()})
         return results
 
-    def score_maps(self, batched_inputs: list[dict]) -> list[ScoreMap]:
+    def score_maps(self, batched_inputs: list[dict], probabilities: bool = False) -> list[ScoreMap]:
         """The logits of each image of a batch at its own size, not made yet.
 
         Args:
             batched_inputs: as of :meth:`forward`.
+            probabilities: turn the logits of whole images into probabilities before they are
+                resized. (Of windows, ``sliding`` says what is averaged.)
         """
         if self.sliding is not None:
             return [self._slide(x) for x in batched_inputs]
         logits, images = self._logits(batched_inputs)
-        padded_size = tuple(images.tensor.shape[-2:])
+        if probabilities:
+            logits = logits.float().softmax(dim=1)
+        padded_size = images.image_sizes[0] if self.released else images.tensor.shape[-2:]
         return [
-            ResizedMap(image_logits, padded_size, size, _out_size(x))
+            ResizedMap(image_logits, tuple(padded_size), tuple(size), _out_size(x))
             for image_logits, size, x in zip(
                 logits, images.image_sizes, batched_inputs, strict=True
             )
@@ -165,7 +175,8 @@ class MCIBISegmentor(nn.Module):
         for start in range(0, len(windows), sliding.batch_size):
             logits, padded = self._logits(windows[start : start + sliding.batch_size])
             parts += logits.to("cpu" if sliding.accumulate_on_cpu else logits.device)
-        return WindowedMap(sliding, parts, tuple(padded.tensor.shape[-2:]), size, _out_size(x))
+        covered = (height, width) if self.released else tuple(padded.tensor.shape[-2:])
+        return WindowedMap(sliding, parts, covered, size, _out_size(x))
 
 
 def _out_size(x: dict) -> tuple[int, int]:

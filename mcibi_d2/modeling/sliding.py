@@ -25,6 +25,7 @@ class SlidingWindow:
             at a window's edge, which see least around them, count least.
         accumulate_on_cpu: keep the logits of the windows on the CPU, and add them up there.
         batch_size: windows in one forward pass.
+        probabilities: average the windows' probabilities instead of their logits.
     """
 
     window: tuple[int, int]
@@ -32,6 +33,7 @@ class SlidingWindow:
     weights: str = "flat"
     accumulate_on_cpu: bool = False
     batch_size: int = 1
+    probabilities: bool = False
 
     def starts(self, size: tuple[int, int]) -> tuple[list[int], list[int]]:
         """Upper and left edges of the windows on an image of ``size``: they form a grid."""
@@ -67,7 +69,8 @@ class WindowedMap(ScoreMap):
     """The weighted mean of the logits of windows, at the network's input size, resized once.
 
     Each window's logits are brought to the window's size and averaged there, as logits, before any
-    softmax. Only they are kept, at the network's stride.
+    softmax, or as probabilities, if ``sliding`` says so. Only the logits are kept, at the network's
+    stride.
 
     Args:
         sliding: of which the windows are.
@@ -86,6 +89,7 @@ class WindowedMap(ScoreMap):
         out_size: tuple[int, int],
     ):
         super().__init__(len(logits[0]), out_size, logits[0].device)
+        self.probabilities = sliding.probabilities
         self._input_size = size
         self._window = sliding.window_on(size)
         self._starts = sliding.starts(size)
@@ -120,6 +124,8 @@ class WindowedMap(ScoreMap):
                 continue
             for j, left in enumerate(lefts):
                 part = self._maps[i * len(lefts) + j].rows(first - top, last - top)
+                if self.probabilities:
+                    part = part.softmax(dim=0)
                 share = self._shares[0][i, first - top : last - top, None] * self._shares[1][j]
                 total[:, first - start : last - start, left : left + width].addcmul_(part, share)
         return total
