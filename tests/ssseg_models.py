@@ -8,6 +8,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 
 # ours: (data set, backbone); theirs: what differs from its default of MCIBI.
 CLASSES = {"ade20k": 150, "cityscapes": 19, "lip": 20, "coco_stuff_10k": 182}
@@ -126,10 +127,9 @@ def randomize(net, seed=0):
     def draw(shape, low, high):
         return low + (high - low) * torch.rand(shape, generator=generator)
 
-    norms = [m for m in net.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
     with torch.no_grad():
         for module in net.modules():
-            if isinstance(module, torch.nn.LayerNorm) or module in norms:
+            if isinstance(module, torch.nn.LayerNorm | _BatchNorm):
                 module.weight.copy_(draw(module.weight.shape, 0.5, 1.5))
                 module.bias.copy_(draw(module.bias.shape, -0.3, 0.3))
         for name in ("cls_token", "pos_embed"):
@@ -139,14 +139,21 @@ def randomize(net, seed=0):
         memory = net.memory_module.memory
         memory.copy_(draw(memory.shape, 0, 2))
         memory[3] = 0  # a class that never occurred
-        for norm in norms:
-            norm.train().momentum = 1.0
-        run_released(net, random_images(8, 64, 64, generator))
-        for norm in norms:
-            norm.eval().momentum = 0.1
-            # Where random images hardly differ, another one must not be far outside.
-            norm.running_var.clamp_(min=0.1 * norm.running_mean.square())
+        for norm in calibrate(net, lambda images: run_released(net, images), generator):
             deviation = norm.running_var.sqrt()
             norm.running_mean += deviation * draw(deviation.shape, -0.1, 0.1)
             norm.running_var *= draw(deviation.shape, 0.8, 1.25)
     return net
+
+
+def calibrate(net, run, generator):
+    """Give the batch norms of ``net`` the statistics of random images; returns them."""
+    norms = [module for module in net.modules() if isinstance(module, _BatchNorm)]
+    for norm in norms:
+        norm.train().momentum = 1.0
+    run(random_images(8, 64, 64, generator))
+    for norm in norms:
+        norm.eval().momentum = 0.1
+        # Where random images hardly differ, another one must not be far outside.
+        norm.running_var.clamp_(min=0.1 * norm.running_mean.square())
+    return norms

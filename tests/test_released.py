@@ -12,6 +12,7 @@ from ssseg_models import (
     CLASSES,
     MODELS,
     build_released,
+    calibrate,
     random_images,
     randomize,
     run_released,
@@ -19,7 +20,9 @@ from ssseg_models import (
 from test_convert import released_cfg
 
 from mcibi_d2.convert import convert_released
+from mcibi_d2.data import SemSegMapper
 from mcibi_d2.engine import MemoryUpdateHook, Trainer
+from mcibi_d2.evaluation import SemanticSegmentorWithTTA
 from mcibi_d2.modeling import FeatureMemory
 
 # Each kind of network once, each option once; the others are slow for their number.
@@ -102,3 +105,108 @@ def test_same_memory_after_three_updates(data):
         expected = released.memory.data[:, 0]
         assert (memory.rows - expected).abs().max() <= 1e-5 * expected.abs().max()
     assert torch.equal(memory.initialized, (expected != 0).any(dim=1))
+
+
+def released_labels(model, cfg, file_name, unit):
+    """A label map by the released code's test pipeline, around our model's network.
+
+    Args:
+        model: in evaluation mode.
+        cfg: of the data set.
+        file_name: of the image.
+        unit: what the network's input is padded to a multiple of, as by its patch embedding.
+    """
+    import cv2
+    from ssseg.modules import SSSegOutputStructure
+    from ssseg.modules.datasets.pipelines.transforms import Normalize, Resize, ToTensor
+    from ssseg.modules.models.segmentors.base import BaseSegmentor
+
+    class Network(BaseSegmentor):
+        def __init__(self, cfg):
+            torch.nn.Module.__init__(self)
+            self.cfg, self.mode, self.align_corners = cfg, "TEST", False
+            self.of_a_device = torch.nn.Parameter(torch.zeros(1))
+
+        def forward(self, data_meta):
+            images = data_meta.images
+            padded = F.pad(images, (0, -images.shape[3] % unit, 0, -images.shape[2] % unit))
+            logits, _ = model.sem_seg_head(model.backbone(padded))
+            return SSSegOutputStructure(mode="TEST", seg_logits=logits)
+
+    lip = cfg.DATASETS.TEST[0].startswith("lip")
+    slide, augmented = cfg.TEST.INFERENCE == "slide", cfg.TEST.AUG.ENABLED
+    forward = {"mode": "whole", "cropsize": None, "stride": None}
+    if slide:
+        wide = cfg.DATASETS.TEST[0].startswith("cityscapes")
+        forward = {"mode": "slide", "cropsize": (1024, 512) if wide else (512, 512)}
+        forward["stride"] = (341, 341)
+    scales = [0.5, 0.75, 1.0, 1.25, 1.5, 1.75] if augmented and not lip else [1]
+    network = Network({
+        "num_classes": cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES,
+        "inference": {
+            "forward": forward,
+            "tta": {
+                "multiscale": scales, "flip": augmented,
+                "use_probs_before_resize": slide or (augmented and not lip),
+                "fixed_seg_target_pairs": [(15, 14), (17, 16), (19, 18)] if lip else None,
+            },
+        },
+        "dataset": {"train": {"data_pipelines": []}},
+    })  # fmt: skip
+    sizes = {"lip": (473, 473), "cityscapes": (2048, 1024)}
+    size = sizes.get(cfg.DATASETS.TEST[0].split("_")[0], (2048, 512))
+    image = cv2.imread(str(file_name))
+    height, width = image.shape[:2]
+    sample = {"image": image}
+    sample = Resize(size, keep_ratio=not lip, scale_range=None)(sample)
+    sample = Normalize([123.675, 116.28, 103.53], [58.395, 57.12, 57.375])(sample)
+    sample = ToTensor()(sample)
+    all_logits = network.auginference(sample["image"][None])
+    resized = [F.interpolate(x, (height, width), mode="bilinear") for x in all_logits]
+    return sum(resized)[0].argmax(dim=0)
+
+
+def our_labels(model, cfg, file_name):
+    """A label map as ``train_net.py --eval-only`` makes it."""
+    record = {"file_name": str(file_name), "dataset_name": cfg.DATASETS.TEST[0]}
+    record = SemSegMapper(cfg, False)(record)
+    whole = SemanticSegmentorWithTTA(cfg, model) if cfg.TEST.AUG.ENABLED else model
+    whole.labels_only = True
+    return whole([record])[0]["labels"].long()
+
+
+TINY = ["MODEL.SEM_SEG_HEAD.CONVS_DIM", 8, "MODEL.MCIBI.ATTENTION_DIM", 4]
+TINY_RESNET = ["MODEL.TIMM.NAME", "test_resnet"]
+TINY_VIT = ["MODEL.TIMM.NAME", "test_vit", "MODEL.TIMM.OUT_INDICES", "(0, 1, 2, 3)"]
+SAMPLES = {
+    "ade20k": "ADEChallengeData2016/images/validation/ADE_val_00000001.jpg",
+    "cityscapes": "cityscapes/leftImg8bit/val",
+    "lip": "LIP/TrainVal_images/val_images",
+    "coco_stuff_10k": "coco_stuff/images/val2017",
+}
+
+
+@pytest.mark.parametrize("augmented", [False, True], ids=["plain", "augmented"])
+@pytest.mark.parametrize("data, backbone, tiny", [
+    ("ade20k", "R50", TINY_RESNET), ("ade20k", "ViTL", TINY_VIT), ("lip", "R50", TINY_RESNET),
+    ("coco_stuff_10k", "R101", TINY_RESNET), ("cityscapes", "R50", TINY_RESNET),
+])  # fmt: skip
+@torch.no_grad()
+def test_same_labels_from_the_same_file(data, backbone, tiny, augmented, real_data):
+    """The same network in the two test pipelines; for what is around it a small one will do."""
+    pytest.importorskip("ssseg", reason="the extra `parity` is not installed: no reference")
+    cfg = released_cfg(data, backbone, *TINY, *tiny, "TEST.AUG.ENABLED", augmented)
+    model = Trainer.build_model(cfg).eval()
+    generator = torch.Generator().manual_seed(1)
+    calibrate(model, lambda images: model.sem_seg_head(model.backbone(images)), generator)
+    model.sem_seg_head.h2[-1].weight.normal_(generator=generator)
+    model.sem_seg_head.memory.draw(0)
+    sample = real_data / "samples" / SAMPLES[data]
+    files = [sample] if sample.is_file() else sorted(sample.rglob("*.*g"))[:2]
+    for file_name in files:
+        expected = released_labels(model, cfg, file_name, model.backbone.size_divisibility or 1)
+        found = our_labels(model, cfg, file_name)
+        assert len(expected.unique()) > 3
+        share = (found == expected).double().mean()
+        print(f"\n{data} {backbone} {file_name.name}: {100 * share:.4f} % of the labels are equal")
+        assert share >= 0.9999
