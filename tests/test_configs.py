@@ -73,6 +73,8 @@ def test_leaf_is_short_and_builds(path):
     cfg = load_config(str(path), ["MODEL.DEVICE", "meta", "MODEL.TIMM.PRETRAINED", "False"])
     output = cfg.OUTPUT_DIR
     assert output == f"output/{name_of(path)}"
+    if "released" in path.parts:
+        return  # tests/test_convert.py builds them
     with torch.device("meta"):
         model = build_model(cfg)
     assert isinstance(model, MCIBISegmentor)
