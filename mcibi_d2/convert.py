@@ -116,13 +116,13 @@ def convert(state_dict: Mapping, cfg: CfgNode) -> tuple[dict[str, Tensor], list[
         target, reason = rename(name)
         if reason:
             fates.append(Fate(name, "", reason))
-        elif target not in expected:
+        elif target not in expected or target in state:
             unknown.append(name)
         else:
             state[target] = value.detach()
             same = target == "backbone.net." + name.removeprefix(_BACKBONE)
             fates.append(Fate(name, target, "mapped" if same else "renamed"))
-    if _MEMORY in source:
+    if "sem_seg_head.memory.rows" in state:
         rows = state["sem_seg_head.memory.rows"].flatten(0, 1)
         state["sem_seg_head.memory.rows"] = rows
         state["sem_seg_head.memory.initialized"] = (rows != 0).any(dim=1)

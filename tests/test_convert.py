@@ -283,12 +283,19 @@ def plus(state):
      "missing: sem_seg_head.h1.0.weight"),
     (lambda s: {**s, "bottleneck.0.weight": torch.ones(512, 720, 3, 3)},
      r"project.0.weight \(512, 720, 3, 3\) instead of \(512, 2048, 3, 3\)"),
+    (lambda s: {**s, "backbone_net.conv1.0.weight": torch.ones(32, 3, 3, 3)},
+     "1 tensors .*no place in it: backbone_net.conv1.0.weight"),
     (lambda s: {"layer.weight": torch.ones(3)}, "no place in it: layer.weight; 275 .*missing"),
     (lambda s: {"sem_seg_head.h1.0.weight": torch.ones(3)}, "a checkpoint of this project already"),
 ])  # fmt: skip
 def test_what_is_no_released_model_of_the_config_is_refused(source, change, message):
     with pytest.raises(InputError, match=message):
         convert_released(change(source), released_cfg("lip", "R50"))
+
+
+def test_a_config_without_mcibi_is_refused(source):
+    with pytest.raises(InputError, match="107 tensors that have no place in it"):
+        convert_released(source, released_cfg("lip", "R50", "MODEL.MCIBI.ENABLED", False))
 
 
 def run_tool(monkeypatch, *arguments):
