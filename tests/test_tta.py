@@ -108,7 +108,12 @@ def test_scaled_images_come_from_the_file(tmp_path):
     shown = []
     model = make()
     score_maps = model.score_maps
-    model.score_maps = lambda batch: shown.append(batch[0]["image"]) or score_maps(batch)
+
+    def watched(batch, **options):
+        shown.append(batch[0]["image"])
+        return score_maps(batch, **options)
+
+    model.score_maps = watched
     tta = SemanticSegmentorWithTTA(model=model, scales=(1.0, 2.0, 0.6), flip=False)
     tta([{**x, "file_name": path}])
     assert torch.equal(shown[0], x["image"])
@@ -129,9 +134,9 @@ def test_memory_does_not_grow_with_the_augmentations():
     model, alive = make(stride=4), []
     score_maps = model.score_maps
 
-    def counted(batch):
+    def counted(batch, **options):
         assert sum(reference() is not None for reference in alive) <= 1
-        maps = score_maps(batch)
+        maps = score_maps(batch, **options)
         alive.extend(weakref.ref(x.logits) for x in maps)
         return maps
 
