@@ -1,22 +1,24 @@
-# make install | demo | test | lint | clean. Needs Python 3.10 or newer and a package registry.
+# make install | demo | test | parity | lint | clean. Needs Python 3.10 or newer and a package registry.
 #
 #   PYTHON=python3.12        the interpreter that .venv is made with
 #   VENV=/path/to/env        use another environment (a Detectron2 that is in it is kept)
 #   TORCH_INDEX=URL          take torch and torchvision from this index (a CPU-only or CUDA one)
 #   DETECTRON2=git           build Detectron2 from its repository instead of using the wheel
 #   DETECTRON2_GIT=URL       that repository, in pip's form
+#   WORKERS=2                how many processes, of one thread each, run the tests
 PYTHON ?= python3
 VENV ?= .venv
 TORCH_INDEX ?=
 DETECTRON2 ?= wheel
 DETECTRON2_GIT ?= git+https://github.com/facebookresearch/detectron2.git
+WORKERS ?= 2
 
 python := $(VENV)/bin/python
 pip := $(python) -m pip --disable-pip-version-check
 installed := $(VENV)/.mcibi_d2-installed
 has_detectron2 = $(python) -c 'import importlib.util as u, sys; sys.exit(not u.find_spec("detectron2"))'
 
-.PHONY: install demo test lint clean
+.PHONY: install demo test parity lint clean
 
 install: $(installed)
 
@@ -52,7 +54,11 @@ demo: $(installed)
 	PYTHONWARNINGS=ignore::FutureWarning $(python) -m mcibi_d2.tools.quickstart --output output/demo
 
 test: $(installed)
-	$(python) -m pytest tests
+	OMP_NUM_THREADS=1 $(python) -m pytest tests --numprocesses $(WORKERS)
+
+# The released networks: with them, tests/test_released.py compares the converted models.
+parity: $(installed)
+	$(pip) install --quiet --editable '.[parity]'
 
 lint: $(installed)
 	$(python) -m ruff check .
