@@ -510,3 +510,61 @@ def test_photographs_are_no_labels(tmp_path, argv):
         Image.fromarray(big).save(tmp_path / folder / "0.png")
     with pytest.raises(SystemExit, match=r"0\.png: 40\d\d colors, too many for classes"):
         init(tmp_path / "images", tmp_path / "labels", "--output", tmp_path / "mine.yaml")
+
+
+# --- what training reads is what is looked at
+
+
+def test_images_are_looked_at_as_training_reads_them(tmp_path, argv, capsys):
+    images, labels = tmp_path / "images", tmp_path / "labels"
+    write_labels(labels, [0, 1, 2])
+    images.mkdir()
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned, but the labels have the size as stored
+    for i in range(COUNT - 1):
+        Image.new("RGB", SIZE[::-1]).save(images / f"{i}.jpg", exif=exif)
+    Image.fromarray(np.zeros(SIZE, np.float32)).save(images / f"{COUNT - 1}.tif")
+    init(images, labels, "--output", tmp_path / "mine.yaml", "--base", TINY)
+    assert re.search(r"Cannot be used.*: 1\n.*4\.tif: .*floating-point", capsys.readouterr().out)
+    cfg = load_config(str(tmp_path / "mine.yaml"))
+    mapper = SemSegMapper(cfg, True)
+    records = [r for s in ("train", "val") for r in DatasetCatalog.get(f"mine_{s}")]
+    assert len([mapper(r) for r in records]) == COUNT - 1
+
+
+@pytest.mark.parametrize("form", ["json", "yaml", "txt"])
+def test_mark_at_the_start_of_a_list_is_no_part_of_a_name(form, tmp_path, argv, capsys):
+    write_images(tmp_path / "é")
+    write_labels(tmp_path / "b", [0, 1, 2])
+    pairs = [(f"é/{i}.jpg", f"b/{i}.png") for i in range(COUNT)]
+    entries = [{"image": image, "label": label} for image, label in pairs]
+    text = "\r\n".join(map(" ".join, pairs))
+    if form != "txt":
+        text = json.dumps(entries, ensure_ascii=False)
+    (tmp_path / f"pairs.{form}").write_bytes(b"\xef\xbb\xbf" + text.encode())
+    init(tmp_path / f"pairs.{form}", "--output", tmp_path / "mine.yaml", "--base", TINY)
+    assert "left out" not in capsys.readouterr().out
+    assert load_config(str(tmp_path / "mine.yaml")).DATASETS.OWN.EXCLUDED == []
+
+
+def test_repeated_lines_count_in_training_alone(tmp_path, argv):
+    write_images(tmp_path / "a")
+    write_labels(tmp_path / "b", [0, 1, 2])
+    lines = [f"a/{i}.jpg b/{i}.png" for i in range(COUNT)]
+    (tmp_path / "pairs.txt").write_text("\n".join(lines * 2))
+    (tmp_path / "val.txt").write_text("\n".join(lines[:2] * 2))
+    init(tmp_path / "pairs.txt", "--val-images", tmp_path / "val.txt",
+         "--output", tmp_path / "mine.yaml", "--base", TINY)  # fmt: skip
+    load_config(str(tmp_path / "mine.yaml"))
+    assert len(DatasetCatalog.get("mine_train")) == 2 * COUNT
+    assert len(DatasetCatalog.get("mine_val")) == 2
+
+
+@pytest.mark.parametrize("base", ["cityscapes/mcibi_R50.yaml", "lip/mcibi_R50.yaml"])
+def test_test_images_keep_their_size_whatever_the_base_does(base, tmp_path, argv):
+    write_images(tmp_path / "images")
+    write_labels(tmp_path / "labels", [0, 1, 2])
+    init(tmp_path / "images", tmp_path / "labels", "--output", tmp_path / "mine.yaml",
+         "--base", ROOT / "configs" / base)  # fmt: skip
+    mapper = SemSegMapper(load_config(str(tmp_path / "mine.yaml")), False)
+    assert mapper(DatasetCatalog.get("mine_val")[0])["image"].shape == (3, *SIZE)

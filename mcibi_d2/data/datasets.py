@@ -108,7 +108,7 @@ def folders(
     if list_file and (list_needed or list_file.is_file()):
         if not list_file.is_file():
             raise InputError(f"{list_file}: no such list file, which says what the split holds")
-        lines = list_file.read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = list_file.read_text(encoding="utf-8-sig", errors="replace").splitlines()
         stems = [line.strip().zfill(id_digits) for line in lines if line.strip()]
         if not stems:
             raise InputError(f"{list_file}: lists no image, expected one name a line")
@@ -181,7 +181,8 @@ def camvid(lists: tuple[str, ...]) -> SplitFiles:
 def listed_lines(path: Path) -> list[list[str]]:
     """The lines of a list file: an image and its label, with a tab or blanks between them."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Some editors begin a file with a mark, which is no part of the first name.
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: cannot be read as a list of text ({error})") from error
     entries = []

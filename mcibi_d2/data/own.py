@@ -157,7 +157,7 @@ def _listed(path: Path) -> list[Pair]:
 
 def _manifest(path: Path) -> list[list[str]]:
     try:
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8-sig")
         entries = json.loads(text) if path.suffix.lower() == ".json" else yaml.safe_load(text)
     except (ValueError, yaml.YAMLError) as error:
         raise InputError(f"{path}: cannot be read ({' '.join(str(error).split())})") from error
@@ -202,6 +202,9 @@ def split_pairs(own: CfgNode, split: str) -> tuple[list[Pair], list[Path]]:
         ranked = sorted(pairs, key=lambda pair: hashlib.sha256(pair.name.encode()).digest())
         chosen = set(ranked[:count])
         pairs = [pair for pair in pairs if (pair in chosen) == (split == "val")]
+    if split == "val":
+        # A list may repeat images, to have them more often in training.
+        pairs = list(dict.fromkeys(pairs))
     if not pairs:
         raise InputError(f"DATASETS.OWN.{split.upper()}: every image is in EXCLUDED")
     return pairs, alone

@@ -20,12 +20,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import detection_utils
 from PIL import Image
 from tabulate import tabulate
 from tqdm import tqdm
 
 from mcibi_d2 import InputError
+from mcibi_d2.data import read_image
 from mcibi_d2.data.datasets import data_root
 from mcibi_d2.data.labels import label_colors, label_values
 from mcibi_d2.data.own import Pair, find_pairs, is_taken, palette, split_pairs
@@ -75,16 +75,14 @@ def _read(pair: Pair) -> _Label | str:
     """The label of a pair, or what is wrong with the pair."""
     try:
         label = _read_label(pair.label)
-        try:
-            size = detection_utils.read_image(str(pair.image), "RGB").shape[:2]
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise _Wrong(f"{pair.image}: cannot be read as an image ({error})") from error
+        # As training reads it, so that what is left out is what training would refuse.
+        size = read_image(str(pair.image), "RGB", str(pair.label)).shape[:2]
         if label.size != size:
             raise _Wrong(
                 f"{pair.label}: labels of {label.size[0]} x {label.size[1]} (height x width), its "
                 f"image has {size[0]} x {size[1]}"
             )
-    except _Wrong as wrong:
+    except (_Wrong, InputError) as wrong:
         return " ".join(str(wrong).split())
     return label
 
@@ -372,6 +370,7 @@ def write_config(
         f"    SIZE: {_quoted(crop)}",
         "  # Evaluate at the images' own size.",
         "  MIN_SIZE_TEST: 0",
+        *(["  TEST_RESIZE: shortest_edge"] * (base_cfg.INPUT.TEST_RESIZE != "shortest_edge")),
         "SOLVER:",
         f"  # {EPOCHS} epochs are {EPOCHS} * {images} / {solver.IMS_PER_BATCH} = {wanted} "
         f"iterations; here at least {LEAST_ITERATIONS},\n"
