@@ -79,10 +79,8 @@ def convert(image: Path, mat: Path, png: Path) -> None:
             size = opened.size
     except OSError as error:
         raise InputError(f"{image}: cannot be read as an image ({error})") from error
-    if png.is_file():
-        with Image.open(png) as opened:
-            if opened.size == size:
-                return
+    if _is_whole(png, size):
+        return
     values, version = read_mat(mat)
     if values.ndim != 2 or values.shape[::-1] != size:
         raise InputError(
@@ -101,6 +99,18 @@ def convert(image: Path, mat: Path, png: Path) -> None:
     unfinished = png.with_suffix(".unfinished")
     Image.fromarray(labels).save(unfinished, "PNG")
     os.replace(unfinished, png)
+
+
+def _is_whole(png: Path, size: tuple[int, int]) -> bool:
+    """Whether a label file is there, of (width, height), and not damaged."""
+    try:
+        with Image.open(png) as opened:
+            found = opened.size
+            opened.verify()
+    # What Pillow raises for a damaged PNG.
+    except (OSError, SyntaxError):
+        return False
+    return found == size
 
 
 def _tasks(folder: Path) -> list[tuple[Path, Path, Path]]:

@@ -131,19 +131,42 @@ def test_missing_folder_and_unknown_name(root, monkeypatch):
         check_dataset.check("ade20k_train", 0, root)
 
 
-def test_another_projects_data_set(root, capsys):
+@pytest.mark.parametrize("colors", [{}, {"stuff_colors": [[1, 2, 3], [4, 5, 6]]}])
+def test_another_projects_data_set(root, capsys, colors):
     name = "test_check_other"
     save(root / "a.jpg", np.zeros((8, 8, 3), np.uint8))
     save(root / "a.png", np.array([[0, 1], [1, 9]], np.uint8).repeat(4, 0).repeat(4, 1))
     record = {"file_name": str(root / "a.jpg"), "sem_seg_file_name": str(root / "a.png")}
     DatasetCatalog.register(name, lambda: [record])
-    MetadataCatalog.get(name).set(
-        stuff_classes=["x", "y"], stuff_colors=[[1, 2, 3], [4, 5, 6]], ignore_label=9
-    )
+    MetadataCatalog.get(name).set(stuff_classes=["x", "y"], ignore_label=9, **colors)
     try:
         assert check_dataset.check(name, 0, root / "out")
         rows = table_of(capsys.readouterr().out)
         assert rows == {"x": (16, 1), "y": (32, 1), "(no ground truth)": (16, 1)}
+    finally:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+
+
+def not_there():
+    raise FileNotFoundError("nowhere")
+
+
+@pytest.mark.parametrize(
+    "load, metadata, message",
+    [
+        (not_there, {"stuff_classes": ["x"]}, "test_check_other, which another .*nowhere"),
+        (list, {"stuff_classes": ["x"]}, "test_check_other: holds no image"),
+        (list, {}, "test_check_other has no stuff_classes"),
+    ],
+)
+def test_another_projects_data_set_that_cannot_be_used(root, load, metadata, message):
+    name = "test_check_other"
+    DatasetCatalog.register(name, load)
+    MetadataCatalog.get(name).set(**metadata)
+    try:
+        with pytest.raises(InputError, match=message):
+            check_dataset.check(name, 0, root / "out")
     finally:
         DatasetCatalog.remove(name)
         MetadataCatalog.remove(name)

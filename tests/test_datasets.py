@@ -453,6 +453,14 @@ def test_coco_stuff_10k_goes_on_where_it_was(prepare, tmp_path):
     assert files[1].read_bytes() == content
     for k in (0, 2, 3):
         assert files[k].stat().st_mtime_ns == times[k]
+    # What cannot be a label file of its image is made anew.
+    for damaged in (b"no image", content[:-20], b""):
+        files[1].write_bytes(damaged)
+        prepare.prepare(folder, 1)
+        assert files[1].read_bytes() == content
+    Image.new("L", (5, 5)).save(files[1])
+    prepare.prepare(folder, 1)
+    assert files[1].read_bytes() == content
 
 
 def test_coco_stuff_10k_says_what_is_wrong_and_does_the_rest(prepare, tmp_path):

@@ -19,7 +19,7 @@ from mcibi_d2.data.labels import read_labels
 from mcibi_d2.engine import Trainer, load_config
 from mcibi_d2.engine.launch import _guarded
 from mcibi_d2.engine.setup import check_config
-from mcibi_d2.tools import init_dataset
+from mcibi_d2.tools import check_dataset, init_dataset
 
 TINY = str(ROOT / "configs/scenes/mcibi_tiny.yaml")
 SIZE = (24, 32)
@@ -568,3 +568,30 @@ def test_test_images_keep_their_size_whatever_the_base_does(base, tmp_path, argv
          "--base", ROOT / "configs" / base)  # fmt: skip
     mapper = SemSegMapper(load_config(str(tmp_path / "mine.yaml")), False)
     assert mapper(DatasetCatalog.get("mine_val")[0])["image"].shape == (3, *SIZE)
+
+
+def test_check_dataset_names_files_without_a_partner(tmp_path, argv, capsys):
+    write_images(tmp_path / "images", [f"{i}.jpg" for i in range(COUNT)] + ["alone.jpg"])
+    write_labels(tmp_path / "labels", [0, 1, 2])
+    Image.new("L", SIZE).save(tmp_path / "labels/nobody.png")
+    init(tmp_path / "images", tmp_path / "labels", "--output", tmp_path / "mine.yaml")
+    load_config(str(tmp_path / "mine.yaml"))
+    for name in ("mine_train", "mine_val"):
+        assert not check_dataset.check(name, 0, tmp_path / "out")
+        problems = (tmp_path / f"out/{name}_problems.txt").read_text().splitlines()
+        assert [p.split(": ")[0] for p in problems] == [
+            str(tmp_path / "images/alone.jpg"), str(tmp_path / "labels/nobody.png")
+        ]  # fmt: skip
+
+
+def test_bad_first_file_can_be_skipped(tmp_path):
+    cfg = config(tmp_path)
+    (tmp_path / "pairs.txt").write_text("images/none.jpg labels/0.png\nimages/1.jpg labels/1.png")
+    cfg.DATASETS.OWN.TRAIN = [str(tmp_path / "pairs.txt")]
+    register_own_dataset(cfg)
+    with pytest.raises(InputError, match=r"none\.jpg: no such file, but mine_train lists it"):
+        check_config(cfg)
+    cfg.DATALOADER.SKIP_BAD = True
+    check_config(cfg)
+    batch = next(iter(Trainer.build_train_loader(cfg)))
+    assert {x["file_name"] for x in batch} == {str(tmp_path / "images/1.jpg")}

@@ -402,6 +402,23 @@ def split_files(name: str) -> SplitFiles | None:
     return _SPLITS[name].files() if name in _SPLITS else None
 
 
+def load_records(name: str) -> list[dict]:
+    """The records of any registered data set.
+
+    Raises:
+        InputError: also where another project's data set raises something else.
+    """
+    try:
+        return DatasetCatalog.get(name)
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(
+            f"data set {name}, which another project registered, cannot be loaded "
+            f"({type(error).__name__}: {' '.join(str(error).split())})"
+        ) from error
+
+
 def register_all_datasets() -> None:
     """Register ``<data set>_<split>`` for the whole table. Doing it twice is harmless."""
     for dataset, (description, splits) in _TABLE.items():

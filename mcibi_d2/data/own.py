@@ -21,8 +21,8 @@ from .datasets import data_root, listed_lines
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 MANIFESTS = (".json", ".yaml", ".yml")
 
-# What this module has registered, and may therefore replace.
-_registered: set[str] = set()
+# What this module has registered, and may therefore replace, with its ``DATASETS.OWN``.
+_registered: dict[str, CfgNode] = {}
 
 
 class Pair(NamedTuple):
@@ -67,7 +67,7 @@ def register_own_dataset(cfg: CfgNode) -> None:
         if name in _registered:
             DatasetCatalog.pop(name, None)
             MetadataCatalog.pop(name, None)
-            _registered.discard(name)
+            del _registered[name]
         if not own.TRAIN and split == "train" or not (own.VAL or own.VAL_SHARE) and split == "val":
             continue
         DatasetCatalog.register(name, partial(_records, own.clone(), split))
@@ -78,13 +78,13 @@ def register_own_dataset(cfg: CfgNode) -> None:
             evaluator_type="sem_seg",
             **labels,
         )
-        _registered.add(name)
+        _registered[name] = own.clone()
 
 
 def is_taken(name: str) -> bool:
     """Whether a data set of this name, which is not an own one, is there already."""
     splits = {f"{name}_train", f"{name}_val"}
-    return bool((splits - _registered) & set(DatasetCatalog))
+    return bool((splits - _registered.keys()) & set(DatasetCatalog))
 
 
 def palette(count: int) -> list[list[int]]:
@@ -208,6 +208,13 @@ def split_pairs(own: CfgNode, split: str) -> tuple[list[Pair], list[Path]]:
     if not pairs:
         raise InputError(f"DATASETS.OWN.{split.upper()}: every image is in EXCLUDED")
     return pairs, alone
+
+
+def unpaired_files(name: str) -> list[Path]:
+    """The images and labels without a partner of an own data set; none of other data sets."""
+    if name not in _registered:
+        return []
+    return split_pairs(_registered[name], name.rpartition("_")[2])[1]
 
 
 def _records(own: CfgNode, split: str) -> list[dict]:

@@ -17,6 +17,7 @@ from detectron2.utils.registry import Registry
 from ..config import add_mcibi_config
 from ..data import register_own_dataset
 from ..data.augmentation import TEST_RESIZES
+from ..data.datasets import load_records
 from ..errors import InputError
 from ..modeling.backbones import NORMS as BACKBONE_NORMS
 from ..modeling.backbones import VARIANTS
@@ -292,6 +293,12 @@ def _check_memory(memory: CfgNode, train: bool) -> None:
 
 def _check_data(cfg: CfgNode, train: bool) -> None:
     """Every data set is known, has its folders, and as many classes as the head."""
+    ignored = cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE
+    if not 0 <= ignored <= 65535:
+        raise InputError(
+            f"MODEL.SEM_SEG_HEAD.IGNORE_VALUE is {ignored}, expected 0..65535, such as 255: label "
+            f"maps cannot hold another"
+        )
     if train and not cfg.DATASETS.TRAIN:
         raise InputError("DATASETS.TRAIN is empty, expected the name of a data set")
     for name in (*(cfg.DATASETS.TRAIN if train else ()), *cfg.DATASETS.TEST):
@@ -315,7 +322,9 @@ def _check_data(cfg: CfgNode, train: bool) -> None:
                 f"MODEL.SEM_SEG_HEAD.IGNORE_VALUE is {head.IGNORE_VALUE}, but {name} ignores "
                 f"{metadata.ignore_label}"
             )
-        for record in DatasetCatalog.get(name)[:1]:
+        if cfg.DATALOADER.SKIP_BAD and name not in cfg.DATASETS.TEST:
+            continue  # the first may be one of the bad ones
+        for record in load_records(name)[:1]:
             for file in (record["file_name"], record.get("sem_seg_file_name")):
                 if file and not PathManager.exists(file):
                     raise InputError(f"{file}: no such file, but {name} lists it")

@@ -4,7 +4,8 @@
 reads it. It prints the number of images beside the published one, images and labels without a
 partner, files that cannot be read, labels of another size or with values outside the table, and the
 pixels and images of each class; it writes a sheet of images with their labels. The exit status is 0
-if everything can be trained on, 1 if not. A part of a data set is no fault, and is said.
+if all files have their partners and can be trained on, 1 if not. A part of a data set is no fault,
+and is said.
 """
 
 import argparse
@@ -23,7 +24,8 @@ from tqdm import tqdm
 
 from mcibi_d2 import InputError
 from mcibi_d2.data import SemSegMapper
-from mcibi_d2.data.datasets import SplitFiles, split_files
+from mcibi_d2.data.datasets import SplitFiles, load_records, split_files
+from mcibi_d2.data.own import palette, unpaired_files
 from mcibi_d2.engine import load_config
 from mcibi_d2.visualization import blend, comparison_sheet
 
@@ -59,7 +61,7 @@ class _Check(Dataset):
             return None, str(error)
         if labels is None:
             return np.zeros(count + 1, np.int64), None
-        labels = np.where(labels == metadata.ignore_label, count, labels)
+        labels = np.where(labels == metadata.get("ignore_label", 255), count, labels)
         return np.bincount(labels.reshape(-1), minlength=count + 1), None
 
 
@@ -78,11 +80,12 @@ def _files(name: str) -> SplitFiles:
     files = split_files(name)
     if files is not None:
         return files
-    records = DatasetCatalog.get(name)
+    records = load_records(name)
     labeled = all("sem_seg_file_name" in r for r in records)
     return SplitFiles(
         {r["file_name"]: r["file_name"] for r in records},
         {r["file_name"]: r["sem_seg_file_name"] for r in records} if labeled else None,
+        images_in=name,
     )
 
 
@@ -105,14 +108,21 @@ def check(name: str, workers: int, folder: Path) -> bool:
         folder: where ``<name>.png`` and, if there are any, ``<name>_problems.txt`` go.
 
     Returns:
-        Whether everything can be trained on.
+        Whether all files have their partners and can be trained on.
 
     Raises:
         InputError: there is no such data set, or it has no files to check.
     """
     files = _files(name)
     metadata = MetadataCatalog.get(name)
+    if metadata.get("stuff_classes") is None:
+        raise InputError(
+            f"data set {name} has no stuff_classes in its metadata, expected class names"
+        )
     problems = _unpaired(files)
+    problems += [
+        f"{path}: no file of its name beside it, left out" for path in unpaired_files(name)
+    ]
     pairs = files.images.keys() - set(files.unlabeled())
     records = [
         {"file_name": path, "dataset_name": name}
@@ -161,13 +171,14 @@ def _count_sentence(count: int, metadata: Metadata) -> str:
 def _class_table(metadata: Metadata, pixels: np.ndarray, images: np.ndarray, read: int) -> str:
     values = metadata.get("label_ids") or range(len(metadata.stuff_classes))
     names = [*metadata.stuff_classes, "(no ground truth)"]
-    ignored = metadata.get("label_ignored") or [metadata.ignore_label]
+    ignore_label = metadata.get("ignore_label", 255)
+    ignored = metadata.get("label_ignored") or [ignore_label]
     shown = [*values, f"{ignored[0]}{', ...' * (len(ignored) > 1)}"]
     total, rows = max(1, pixels.sum()), []
     for i, name in enumerate(names):
         rows.append(
             [
-                i if i < len(names) - 1 else metadata.ignore_label,
+                i if i < len(names) - 1 else ignore_label,
                 name,
                 shown[i],
                 f"{pixels[i]:,}",
@@ -202,6 +213,8 @@ def _sheet(data: _Check, readable: list[int], metadata: Metadata) -> Figure:
     places = np.linspace(0, len(readable) - 1, min(PICTURES, len(readable))).round().astype(int)
     chosen = [readable[i] for i in dict.fromkeys(places.tolist())]
     rows = []
+    # Detectron2's ADE20K has none.
+    colors = metadata.get("stuff_colors") or palette(len(metadata.stuff_classes))
     for i in chosen:
         image, labels = data.read(i)
         scale = PICTURE_SIDE / max(image.shape[:2])
@@ -210,10 +223,10 @@ def _sheet(data: _Check, readable: list[int], metadata: Metadata) -> Figure:
         row = {"image": image}
         if labels is not None:
             labels = cv2.resize(labels.astype(np.int32), size, interpolation=cv2.INTER_NEAREST)
-            row["both"] = blend(image, labels, metadata.stuff_colors)
+            row["both"] = blend(image, labels, colors)
             row["labels"] = labels
         rows.append(row)
-    sheet = comparison_sheet(rows, metadata.stuff_classes, metadata.stuff_colors)
+    sheet = comparison_sheet(rows, metadata.stuff_classes, colors)
     for axis, i in zip(sheet.axes[:: len(rows[0])], chosen, strict=True):
         axis.text(
             0.01, 0.02, os.path.basename(data.records[i]["file_name"]), transform=axis.transAxes,
