@@ -12,6 +12,11 @@ from PIL import Image
 
 import mcibi_d2
 from mcibi_d2 import InputError, add_mcibi_config
+from mcibi_d2.data.augmentation import (
+    SemSegInput,
+    build_test_augmentation,
+    build_train_augmentation,
+)
 from mcibi_d2.engine import Checkpointer, Trainer, load_config
 from mcibi_d2.modeling import MCIBISegmentor
 
@@ -119,6 +124,31 @@ def test_backbones_of_tables_6_to_9(folder, backbones, suffix):
         assert found == (networks[backbone], "aspp")
 
 
+# Factors and base of the scale (None: the image's own size, with its ratio), degrees and share of
+# rotation, and the test size of images of 100 x 300.
+SCALED_BY_A_FACTOR = ((0.5, 2.0), None, None, (512, 1536))
+AUGMENTATION = {
+    "cityscapes": ((0.5, 2.0), None, None, (1024, 3072)),
+    "lip": ((0.75, 1.25), (520, 520), (30, 0.6), (473, 473)),
+}
+
+
+def described(cfg):
+    """As in ``AUGMENTATION``, of what is built."""
+    built = {type(x).__name__: x for x in build_train_augmentation(cfg)}
+    scale, rotation = built["RandomScaleCrop"].scale, built.get("RandomRotation")
+    assert scale.keep_ratio == (scale.base is None)
+    inputs = SemSegInput(np.zeros((100, 300, 3), np.uint8))
+    for augmentation in build_test_augmentation(cfg):
+        augmentation(inputs)
+    return (
+        (scale.low, scale.high),
+        scale.base,
+        rotation and (rotation.degrees, rotation.prob),
+        inputs.image.shape[:2],
+    )
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipe(name):
     images, epochs, batch, rate, decay, crop = RECIPES[name]
@@ -128,6 +158,9 @@ def test_recipe(name):
     assert found == (epochs * images // batch, batch, rate, decay)
     assert solver.WEIGHT_DECAY_NORM == solver.WEIGHT_DECAY
     assert tuple(cfg.INPUT.CROP.SIZE) == crop
+    assert described(cfg) == AUGMENTATION.get(name.partition("/")[0], SCALED_BY_A_FACTOR)
+    assert (cfg.INPUT.CROP.SINGLE_CATEGORY_MAX_AREA, cfg.INPUT.COLOR_AUG_SSD) == (0.75, True)
+    assert (cfg.INPUT.CROP.TYPE, cfg.INPUT.RANDOM_FLIP) == ("absolute", "horizontal")
     assert (solver.LR_SCHEDULER_NAME, solver.POLY_LR_POWER) == ("WarmupPolyLR", 0.9)
     assert (mcibi.LOSS_WEIGHT_W, mcibi.LOSS_WEIGHT_M, mcibi.MEMORY.MOMENTUM) == (0.4, 1.0, 0.9)
 

@@ -291,6 +291,16 @@ def _check_memory(memory: CfgNode, train: bool) -> None:
         )
 
 
+def check_number_of_classes(cfg: CfgNode, name: str) -> None:
+    """Raise an :class:`InputError` if the head has not as many classes as a data set."""
+    found = cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES
+    classes = MetadataCatalog.get(name).get("stuff_classes")
+    if classes is not None and len(classes) != found:
+        raise InputError(
+            f"MODEL.SEM_SEG_HEAD.NUM_CLASSES is {found}, but {name} has {len(classes)} classes"
+        )
+
+
 def _check_data(cfg: CfgNode, train: bool) -> None:
     """Every data set is known, has its folders, and as many classes as the head."""
     ignored = cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE
@@ -311,11 +321,7 @@ def _check_data(cfg: CfgNode, train: bool) -> None:
         classes = MetadataCatalog.get(name).get("stuff_classes")
         if classes is None:
             raise InputError(f"data set {name} has no stuff_classes in its metadata")
-        if len(classes) != cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES:
-            raise InputError(
-                f"MODEL.SEM_SEG_HEAD.NUM_CLASSES is {cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES}, "
-                f"but {name} has {len(classes)} classes"
-            )
+        check_number_of_classes(cfg, name)
         metadata, head = MetadataCatalog.get(name), cfg.MODEL.SEM_SEG_HEAD
         if metadata.get("ignore_label", head.IGNORE_VALUE) != head.IGNORE_VALUE:
             raise InputError(

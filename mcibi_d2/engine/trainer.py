@@ -33,6 +33,7 @@ from .batch_norm_hook import AverageStatisticsHook
 from .checkpoint import Checkpointer, replacing
 from .memory_hooks import MemoryUpdateHook, find_memories
 from .memory_init import MemoryInitHook
+from .setup import check_number_of_classes
 from .train_step import TrainStep
 
 LOG_PERIOD = 20
@@ -61,6 +62,8 @@ class Trainer(DefaultTrainer):
             for name in ("detectron2", "mcibi_d2"):  # default_setup was not called
                 setup_logger(name=name)
         register_own_dataset(cfg)
+        for name in cfg.DATASETS.TRAIN:
+            check_number_of_classes(cfg, name)
         cfg = self.auto_scale_workers(cfg, comm.get_world_size())
         self.cfg = cfg
         self.start_iter = 0
