@@ -20,6 +20,7 @@ ALLOWED = {
     "evaluation": {"evaluation", "modeling", "data", "errors"},
     "visualization": {"visualization"},
     "engine": {"engine", "evaluation", "data", "modeling", "config", "errors"},
+    "predict": {"engine", "data", "modeling", "visualization", "errors"},
     "__init__": {"config", "data", "errors", "modeling"},
 }
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -1,5 +1,5 @@
 """Pictures of segmentations."""
 
-from .overlay import blend, colorize, comparison_sheet
+from .overlay import blend, colorize, comparison_sheet, with_legend
 
-__all__ = ["blend", "colorize", "comparison_sheet"]
+__all__ = ["blend", "colorize", "comparison_sheet", "with_legend"]

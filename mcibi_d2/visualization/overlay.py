@@ -1,10 +1,14 @@
 """Label maps in colour, alone and side by side."""
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 
+import cv2
 import numpy as np
+from matplotlib import get_data_path
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from PIL import Image, ImageDraw, ImageFont
 
 # Pixels without ground truth, in every picture.
 IGNORE_COLOR = (60, 60, 60)
@@ -28,17 +32,77 @@ def blend(
     """An image with its label map laid over it.
 
     Args:
-        image: RGB (H, W, 3) uint8.
+        image: (H, W, 3) uint8, RGB or BGR.
         labels: (H, W) class ids; where there is no ground truth the image stays as it is.
-        colors: RGB of each class.
+        colors: of each class, in the image's order of channels.
         opacity: of the labels.
 
     Returns:
-        RGB (H, W, 3) uint8.
+        (H, W, 3) uint8.
     """
     known = (labels >= 0) & (labels < len(colors))
-    mixed = (1 - opacity) * image + opacity * colorize(labels, colors)
-    return np.where(known[..., None], mixed.round().astype(np.uint8), image)
+    mixed = cv2.addWeighted(image, 1 - opacity, colorize(labels, colors), opacity, 0)
+    return np.where(known[..., None], mixed, image)
+
+
+@cache
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    return ImageFont.truetype(f"{get_data_path()}/fonts/ttf/DejaVuSans.ttf", size)
+
+
+def with_legend(
+    picture: np.ndarray,
+    labels: np.ndarray,
+    class_names: Sequence[str],
+    colors: Sequence[Sequence[int]],
+    fixed_size: bool = False,
+) -> np.ndarray:
+    """A picture with the classes that its labels have beside it, the largest first.
+
+    Args:
+        picture: (H, W, 3) uint8, RGB or BGR.
+        labels: (h, w) class ids.
+        class_names: of all K classes.
+        colors: of each class, in the picture's order of channels.
+        fixed_size: the result's size depends on that of the picture alone, as the frames of a
+            video must; what does not fit is counted in the last line. Else the result is as large
+            as the legend needs.
+
+    Returns:
+        (H', W', 3) uint8 with H' >= H and W' > W. The picture is in its upper left corner.
+    """
+    height, width = picture.shape[:2]
+    size = min(32, max(11, min(height, width) // 32))
+    line, font = round(1.6 * size), _font(size)
+    counts = np.bincount(labels.ravel().astype(np.int64), minlength=len(class_names))
+    present = np.argsort(-counts[: len(class_names)], kind="stable")
+    present = [k for k in present.tolist() if counts[k]]
+    lines = [
+        (class_names[k], f"{100 * counts[k] / labels.size:.1f} %", tuple(colors[k]))
+        for k in present
+    ]
+    room = height // line if fixed_size else len(lines)
+    if len(lines) > room:
+        lines = [*lines[: room - 1], (f"and {len(lines) - room + 1} more", "", None)][:room]
+    shown = class_names if fixed_size else [name for name, _, _ in lines]
+    # Name, gap, share.
+    text = max(map(font.getlength, [*shown, "and 100 more"])) + font.getlength("  100.0 %")
+    panel = Image.new(
+        "RGB", (round(text + 3 * size), max(height, len(lines) * line)), (255, 255, 255)
+    )
+    draw = ImageDraw.Draw(panel)
+    for number, (name, share, color) in enumerate(lines):
+        middle = round((number + 0.5) * line)
+        if color is not None:
+            box = (size // 2, middle - size // 2, size // 2 + size, middle + size // 2)
+            draw.rectangle(box, fill=color, outline=(0, 0, 0))
+        draw.text((2 * size, middle), name, fill=(0, 0, 0), font=font, anchor="lm")
+        right = panel.width - size // 2
+        draw.text((right, middle), share, fill=(0, 0, 0), font=font, anchor="rm")
+    result = np.full((panel.height, width + panel.width, 3), 255, np.uint8)
+    result[:height, :width] = picture
+    result[:, width:] = np.asarray(panel)
+    return result
 
 
 def comparison_sheet(

@@ -1,0 +1,299 @@
+"""Segment images, folders of them, videos, or what a webcam sees, and draw the result.
+
+python -m mcibi_d2.tools.demo --config-file configs/ade20k/mcibi_R50.yaml \\
+    --input street.jpg holiday.mp4 --output output/pictures --opts MODEL.WEIGHTS X.pth
+
+Of photo.jpg, the output folder gets photo.jpg, with its classes laid over it and a legend beside
+it; of film.avi, film.mp4.
+"""
+
+import argparse
+import mimetypes
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import cv2
+import numpy as np
+from tqdm import tqdm
+
+from mcibi_d2 import InputError
+from mcibi_d2.data import read_image
+from mcibi_d2.engine import load_config
+from mcibi_d2.predict import Predictor
+from mcibi_d2.visualization import with_legend
+
+
+class Clock:
+    """Seconds spent on the model and on the demo's own work."""
+
+    def __init__(self):
+        self.seconds = {"read": 0.0, "model": 0.0, "draw and write": 0.0}
+
+    @contextmanager
+    def __call__(self, part: str) -> Iterator[None]:
+        """Count the time of a block as that of a part."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[part] += time.perf_counter() - start
+
+    def summary(self, frames: int) -> str:
+        """Frames per second, and the share of each part."""
+        total = sum(self.seconds.values())
+        shares = ", ".join(f"{part} {100 * s / total:.0f} %" for part, s in self.seconds.items())
+        return f"{frames} pictures, {frames / total:.2f} per second ({shares})."
+
+
+class Demo:
+    """Predicts, draws and writes pictures.
+
+    Args:
+        predictor: of the model.
+        output: folder to write to.
+        labels: whether to write label maps, too.
+        confidence: whether to write the probability of the labels, too.
+        opacity: of the labels over the picture.
+    """
+
+    def __init__(
+        self, predictor: Predictor, output: Path, labels: bool, confidence: bool, opacity: float
+    ):
+        self.predictor = predictor
+        self.output = output
+        self.labels = labels
+        self.confidence = confidence
+        self.opacity = opacity
+        self.clock = Clock()
+        self.frames = 0
+        self.problems: list[str] = []
+        metadata = predictor.metadata
+        self._names = metadata.stuff_classes
+        self._colors = [color[::-1] for color in metadata.stuff_colors]
+
+    def segment(self, image: np.ndarray, fixed_size: bool) -> tuple[np.ndarray, ...]:
+        """Picture with legend, label map and confidence (0..255) of a BGR image."""
+        with self.clock("model"):
+            labels, scores = self.predictor.predict(image)
+        with self.clock("draw and write"):
+            picture = self.predictor.draw(image, labels, self.opacity)
+            picture = with_legend(picture, labels, self._names, self._colors, fixed_size)
+            confidence = np.nan_to_num(scores * 255).round().astype(np.uint8)
+        self.frames += 1
+        # PNG has no 32 bits.
+        return picture, labels if labels.dtype == np.uint8 else labels.astype(np.uint16), confidence
+
+    def write(self, name: str, picture: np.ndarray) -> None:
+        """Write a picture to a file of the output folder."""
+        path = self.output / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not cv2.imwrite(str(path), picture):
+            raise InputError(f"{path}: cannot be written")
+
+    def image(self, path: Path, name: str) -> None:
+        """Segment an image file."""
+        try:
+            with self.clock("read"):
+                image = read_image(str(path), "BGR")
+        except InputError as error:
+            self.problems.append(f"skipped {error}")
+            return
+        picture, labels, confidence = self.segment(image, fixed_size=False)
+        with self.clock("draw and write"):
+            self.write(f"{name}.jpg", picture)
+            if self.labels:
+                self.write(f"{name}_labels.png", labels)
+            if self.confidence:
+                self.write(f"{name}_confidence.png", confidence)
+
+    def video(self, source: str | int, name: str, most: int) -> None:
+        """Segment a video file or what a webcam sees, up to ``most`` frames (0: all).
+
+        Stopped by Ctrl-C, or where the file breaks off, it keeps the frames that are done.
+        """
+        capture = cv2.VideoCapture(source)
+        if not capture.isOpened():
+            self.problems.append(f"skipped {source}: cannot be read as a video")
+            return
+        webcam = isinstance(source, int)
+        said = 0 if webcam else max(0, int(capture.get(cv2.CAP_PROP_FRAME_COUNT)))
+        rate = capture.get(cv2.CAP_PROP_FPS) or 25
+        total = min(said, most) if said and most else said or most
+        writers: dict[str, cv2.VideoWriter] = {}
+        done = 0
+        try:
+            with tqdm(total=total or None, desc=name, unit="frame") as bar:
+                while not most or done < most:
+                    with self.clock("read"):
+                        there, image = capture.read()
+                    if not there:
+                        break
+                    picture, labels, confidence = self.segment(image, fixed_size=True)
+                    with self.clock("draw and write"):
+                        self._append(writers, name, rate, picture)
+                        if self.labels:
+                            self.write(f"{name}_labels/{done:06d}.png", labels)
+                        if self.confidence:
+                            shown = cv2.cvtColor(confidence, cv2.COLOR_GRAY2BGR)
+                            self._append(writers, f"{name}_confidence", rate, shown)
+                    done += 1
+                    bar.update()
+        except KeyboardInterrupt:
+            self.problems.append(f"{source}: stopped after {done} frames")
+            if not webcam:
+                raise
+        finally:
+            capture.release()
+            with self.clock("draw and write"):
+                for writer in writers.values():
+                    writer.release()
+        if done == 0:
+            self.problems.append(f"skipped {source}: has no frame that can be read")
+        elif done < total:
+            self.problems.append(f"{source}: ends after {done} of {total} frames, which are kept")
+
+    def _append(
+        self, writers: dict[str, cv2.VideoWriter], name: str, rate: float, frame: np.ndarray
+    ) -> None:
+        # The codec wants even sides.
+        frame = np.pad(
+            frame, ((0, frame.shape[0] % 2), (0, frame.shape[1] % 2), (0, 0)), mode="edge"
+        )
+        if name not in writers:
+            path = self.output / f"{name}.mp4"
+            codec = cv2.VideoWriter_fourcc(*"mp4v")
+            writers[name] = cv2.VideoWriter(str(path), codec, rate, frame.shape[1::-1])
+            if not writers[name].isOpened():
+                raise InputError(f"{path}: OpenCV cannot write this video")
+        writers[name].write(frame)
+
+
+def find_inputs(arguments: list[str]) -> list[tuple[str, str | int | Path]]:
+    """What the arguments of ``--input`` name: (``image``, path), (``video``, path or webcam).
+
+    Raises:
+        InputError: there is no such file, or a folder without images and videos.
+    """
+    found = []
+    for argument in arguments:
+        path = Path(argument).expanduser()
+        webcam, _, number = argument.partition(":")
+        if webcam == "webcam" and not path.exists():
+            if number and not number.isdecimal():
+                raise InputError(f"--input {argument}: expected webcam or webcam:NUMBER")
+            found.append(("video", int(number or 0)))
+        elif path.is_dir():
+            inside = [(_kind(file), file) for file in sorted(path.rglob("*")) if file.is_file()]
+            inside = [(kind, file) for kind, file in inside if kind in ("image", "video")]
+            if not inside:
+                raise InputError(f"--input {argument}: has no images and no videos")
+            found += inside
+        elif path.is_file():
+            found.append(("video" if _kind(path) == "video" else "image", path))
+        else:
+            raise InputError(f"--input {argument}: no such file or folder")
+    return found
+
+
+def _kind(path: Path) -> str:
+    return (mimetypes.guess_type(path.name)[0] or "").partition("/")[0]
+
+
+def name_outputs(inputs: list[tuple[str, str | int | Path]]) -> list[str]:
+    """A name for what is written of each input: its own without suffix, numbered if taken."""
+    names: list[str] = []
+    for _, source in inputs:
+        stem = source.stem if isinstance(source, Path) else f"webcam{source}"
+        name, number = stem, 1
+        while name in names:
+            number += 1
+            name = f"{stem}_{number}"
+        names.append(name)
+    return names
+
+
+def check_output(folder: Path, force: bool) -> None:
+    """Make the folder; it must be empty without ``force``."""
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"--output {folder} is a file, expected a folder")
+    if not force and folder.is_dir() and any(folder.iterdir()):
+        raise InputError(
+            f"--output {folder}: holds files already; --force writes there all the same"
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--output {folder}: cannot be made ({error.strerror})") from error
+
+
+def main() -> None:
+    """Run the tool."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config-file", required=True, metavar="FILE")
+    parser.add_argument(
+        "--input", required=True, nargs="+", metavar="INPUT",
+        help="images, folders, videos, webcam or webcam:NUMBER",
+    )  # fmt: skip
+    parser.add_argument("--output", required=True, type=Path, metavar="FOLDER")
+    parser.add_argument("--labels", action="store_true", help="write label maps as PNG, too")
+    parser.add_argument(
+        "--confidence", action="store_true",
+        help="write the probability of the labels, too: black 0, white 1",
+    )  # fmt: skip
+    parser.add_argument("--opacity", type=float, default=0.6, help="of the labels (0.6)")
+    parser.add_argument(
+        "--frames",
+        type=int,
+        default=0,
+        help="of each video or webcam (0: until it ends, or Ctrl-C)",
+    )
+    parser.add_argument(
+        "--force", action="store_true", help="write into a folder that holds files already"
+    )
+    parser.add_argument(
+        "--opts", nargs=argparse.REMAINDER, default=[],
+        help="config keys and values, e.g. MODEL.WEIGHTS X.pth MODEL.DEVICE cpu",
+    )  # fmt: skip
+    args = parser.parse_args()
+    if not 0 <= args.opacity <= 1:
+        raise InputError(f"--opacity is {args.opacity}, expected 0 to 1")
+    if args.frames < 0:
+        raise InputError(f"--frames is {args.frames}, expected 0 or more")
+    inputs = find_inputs(args.input)
+    predictor = Predictor(load_config(args.config_file, args.opts))
+    check_output(args.output, args.force)
+    demo = Demo(predictor, args.output, args.labels, args.confidence, args.opacity)
+    try:
+        images = sum(kind == "image" for kind, _ in inputs)
+        with tqdm(total=images, desc="Images", unit="image", disable=not images) as bar:
+            for (kind, source), name in zip(inputs, name_outputs(inputs), strict=True):
+                if kind == "image":
+                    demo.image(source, name)
+                    bar.update()
+                else:
+                    demo.video(
+                        source if isinstance(source, int) else str(source), name, args.frames
+                    )
+    except KeyboardInterrupt:
+        demo.problems.append("stopped by Ctrl-C")
+    for problem in demo.problems:
+        print(problem)
+    skipped = sum(problem.startswith("skipped") for problem in demo.problems)
+    if skipped:
+        print(f"{skipped} of {len(inputs)} inputs skipped.")
+    if not demo.frames:
+        sys.exit(f"error: --input: nothing could be read, nothing is in {args.output}")
+    print(demo.clock.summary(demo.frames))
+    print(f"Look at {args.output}.")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except InputError as error:
+        sys.exit(f"error: {error}")
