@@ -356,6 +356,10 @@ class OpenCVResizeTransform(Transform):
         size = (self.resize.new_w, self.resize.new_h)
         return cv2.resize(image, size, interpolation=cv2.INTER_LINEAR)
 
+    def apply_segmentation(self, segmentation: np.ndarray) -> np.ndarray:
+        """Nearest neighbour."""
+        return self.resize.apply_segmentation(segmentation)
+
     def apply_coords(self, coords: np.ndarray) -> np.ndarray:
         """Move (x, y) points."""
         return self.resize.apply_coords(coords)

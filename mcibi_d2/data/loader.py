@@ -6,11 +6,18 @@ from collections.abc import Callable, Iterable, Iterator
 import cv2
 import numpy as np
 import torch
-from detectron2.data import build_detection_train_loader, get_detection_dataset_dicts
+from detectron2.config import CfgNode
+from detectron2.data import (
+    DatasetCatalog,
+    build_detection_test_loader,
+    build_detection_train_loader,
+    get_detection_dataset_dicts,
+)
 from detectron2.utils import comm
 from torch.utils.data import Dataset, Sampler, get_worker_info
 
 from ..errors import InputError
+from .augmentation import build_test_augmentation
 from .mapper import SemSegMapper
 
 # So many bad samples in a row are not a few bad files, but a wrong folder.
@@ -152,3 +159,37 @@ def move_to_iteration(data_loader: Iterable, cfg, seed: int, iteration: int) -> 
     if isinstance(getattr(stream, "sampler", None), StreamSampler):
         stream.sampler.start = iteration * cfg.SOLVER.IMS_PER_BATCH
         stream.dataset.seed = seed
+
+
+def build_labelled_loader(
+    cfg: CfgNode, dataset_name: str, images: int | None = None
+) -> Iterable[list[dict]]:
+    """Images as in testing, each with its labels brought to the same size (``sem_seg``).
+
+    Args:
+        cfg: of the model.
+        dataset_name: registered.
+        images: only so many, spread evenly over the set; None for all.
+
+    Raises:
+        InputError: the data set has no labels.
+    """
+    records = DatasetCatalog.get(dataset_name)
+    count = min(images or len(records), len(records))
+    records = [records[i * len(records) // count] for i in range(count)]
+    unlabelled = next((r for r in records if "sem_seg_file_name" not in r), None)
+    if unlabelled:
+        raise InputError(
+            f"data set {dataset_name} has no labels for {unlabelled['file_name']}, expected a data "
+            f"set with labels in DATASETS.TEST"
+        )
+    mapper = SemSegMapper(
+        is_train=True,
+        augmentations=build_test_augmentation(cfg),
+        image_format=cfg.INPUT.FORMAT,
+        dataset_name=dataset_name,
+        own_config=cfg if cfg.DATASETS.OWN.NAME else None,
+    )
+    return build_detection_test_loader(
+        records, mapper=mapper, num_workers=cfg.DATALOADER.NUM_WORKERS
+    )
