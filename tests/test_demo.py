@@ -47,7 +47,7 @@ def picture(number=0):
         [],
         ["INPUT.FORMAT", "BGR"],
         ["INPUT.MIN_SIZE_TEST", "97"],
-        ["TEST.INFERENCE", "slide", "TEST.SLIDE.WINDOW", "(64, 80)"],
+        ["TEST.INFERENCE", "slide", "TEST.SLIDE.WINDOW", "(64,80)", "TEST.SLIDE.STRIDE", "(40,50)"],
         ["TEST.MEMORY_BUDGET_MB", "1"],
     ],
     ids=["plain", "BGR", "resized", "slide", "budget"],
