@@ -228,3 +228,7 @@ def add_mcibi_config(cfg: CN) -> None:
     cfg.TEST.MEMORY_BUDGET_MB = 1024
     # Measure boundary IoU (Cheng et al., CVPR 2021; within 0.02 of the image's diagonal), too.
     cfg.TEST.BOUNDARY_IOU = False
+    # After every evaluation, so many images of the first test set go to TensorBoard and to
+    # OUTPUT_DIR/overlays.png with their labels and predictions; pictures of the memory, too. 0:
+    # no pictures.
+    cfg.TEST.VIS_IMAGES = 4

@@ -7,6 +7,7 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.data import transforms as T
+from torch import nn
 
 from .data.augmentation import build_test_augmentation
 from .engine import Checkpointer, Trainer
@@ -16,6 +17,20 @@ from .errors import InputError
 from .modeling.resize import best_class
 from .modeling.score_maps import ResizedMap, ScoreMap
 from .visualization import blend
+
+
+def load_model(cfg: CfgNode) -> nn.Module:
+    """The model of a config with its weights, in evaluation mode.
+
+    Raises:
+        InputError: ``MODEL.WEIGHTS`` is empty, is no file, or does not fit the model.
+    """
+    if not cfg.MODEL.WEIGHTS:
+        raise InputError("MODEL.WEIGHTS is empty, expected a checkpoint")
+    check_weights_exist(cfg.MODEL.WEIGHTS)
+    model = Trainer.build_model(cfg)
+    Checkpointer(model).resume_or_load(cfg.MODEL.WEIGHTS, resume=False, strict=True)
+    return model.eval()
 
 
 class Prediction(NamedTuple):
@@ -59,9 +74,6 @@ class Predictor:
         cfg.freeze()
         if not datasets:
             raise InputError("DATASETS.TEST is empty, expected the data set of the classes")
-        if not cfg.MODEL.WEIGHTS:
-            raise InputError("MODEL.WEIGHTS is empty, expected a checkpoint")
-        check_weights_exist(cfg.MODEL.WEIGHTS)
         check_config(cfg, train=False)
         self.metadata = MetadataCatalog.get(datasets[0])
         classes = self.metadata.get("stuff_classes", ())
@@ -70,8 +82,7 @@ class Predictor:
                 f"MODEL.SEM_SEG_HEAD.NUM_CLASSES is {cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES}, but "
                 f"{datasets[0]} has {len(classes)} classes"
             )
-        self.model = Trainer.build_model(cfg).eval()
-        Checkpointer(self.model).resume_or_load(cfg.MODEL.WEIGHTS, resume=False, strict=True)
+        self.model = load_model(cfg)
         self._augmentations = T.AugmentationList(build_test_augmentation(cfg))
         self._rgb = cfg.INPUT.FORMAT == "RGB"
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
 
 warnings.filterwarnings("ignore", category=FutureWarning)
 
@@ -39,6 +40,19 @@ def make_tiny_cfg(output_dir, *options, config="scenes/mcibi_tiny.yaml"):
             *options,
         ],
     )  # fmt: skip
+
+
+@pytest.fixture
+def three_scenes():
+    """A validation set of seconds."""
+    records = DatasetCatalog.get("scenes_val")[:3]
+    DatasetCatalog.register("test_scenes_three", lambda: records)
+    metadata = MetadataCatalog.get("scenes_val").as_dict()
+    metadata.pop("name")
+    MetadataCatalog.get("test_scenes_three").set(**metadata)
+    yield ["DATASETS.TEST", "('test_scenes_three',)"]
+    DatasetCatalog.remove("test_scenes_three")
+    MetadataCatalog.remove("test_scenes_three")
 
 
 @pytest.fixture(scope="session")

@@ -47,6 +47,10 @@ def test_demo(tmp_path):
     log = [json.loads(line) for line in log]
     assert any("loss_m" in line for line in log)
     assert (tmp_path / "zero_memory/model_final.pth").is_file()
+    assert f"The report, for a browser: {tmp_path}/report.html\n" in output
+    report = (tmp_path / "report.html").read_text()
+    assert report.count("data:image/png") == 7  # curves: 2, memory: 2, examples: 3
+    assert "<th scope=col>FCN + MCIBI</th>" in report and "PyTorch built with" in report
 
 
 def test_train_then_evaluate_only_gives_the_same_number(tmp_path):

@@ -19,7 +19,7 @@ ALLOWED = {
     "data": {"data", "errors"},
     "evaluation": {"evaluation", "modeling", "data", "errors"},
     "visualization": {"visualization"},
-    "engine": {"engine", "evaluation", "data", "modeling", "config", "errors"},
+    "engine": {"engine", "evaluation", "visualization", "data", "modeling", "config", "errors"},
     "predict": {"engine", "data", "modeling", "visualization", "errors"},
     "__init__": {"config", "data", "errors", "modeling"},
 }

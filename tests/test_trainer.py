@@ -12,7 +12,6 @@ import processes
 import pytest
 import torch
 from conftest import ROOT, make_tiny_cfg
-from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 
 from mcibi_d2 import InputError
@@ -152,19 +151,6 @@ def test_random_seed_is_kept_for_resuming(tmp_path):
     assert again.seed != trainer.seed
     again.resume_or_load(resume=True)
     assert again.seed == trainer.seed
-
-
-@pytest.fixture
-def three_scenes():
-    """A validation set of seconds."""
-    records = DatasetCatalog.get("scenes_val")[:3]
-    DatasetCatalog.register("test_scenes_three", lambda: records)
-    metadata = MetadataCatalog.get("scenes_val").as_dict()
-    metadata.pop("name")
-    MetadataCatalog.get("test_scenes_three").set(**metadata)
-    yield ["DATASETS.TEST", "('test_scenes_three',)"]
-    DatasetCatalog.remove("test_scenes_three")
-    MetadataCatalog.remove("test_scenes_three")
 
 
 def evaluates_to(monkeypatch, *values):

@@ -238,6 +238,8 @@ def _check_test(test: CfgNode) -> None:
         raise InputError(f"TEST.AUG.SCALES is {test.AUG.SCALES}, expected factors above 0")
     if test.MEMORY_BUDGET_MB < 0:
         raise InputError(f"TEST.MEMORY_BUDGET_MB is {test.MEMORY_BUDGET_MB}, expected at least 0")
+    if test.VIS_IMAGES < 0:
+        raise InputError(f"TEST.VIS_IMAGES is {test.VIS_IMAGES}, expected at least 0")
 
 
 def _check_sizes(inputs: CfgNode) -> None:

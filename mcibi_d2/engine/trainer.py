@@ -33,6 +33,7 @@ from .batch_norm_hook import AverageStatisticsHook
 from .checkpoint import Checkpointer, replacing
 from .memory_hooks import MemoryUpdateHook, find_memories
 from .memory_init import MemoryInitHook
+from .picture_hook import PictureHook
 from .setup import check_number_of_classes
 from .train_step import TrainStep
 
@@ -117,7 +118,7 @@ class Trainer(DefaultTrainer):
         """Run the hooks; after an error, without evaluating or keeping what it left behind."""
         self._report_skipped()
         if self.iter < self.max_iter:
-            final = (hooks.EvalHook, KeepBest)
+            final = (hooks.EvalHook, KeepBest, PictureHook)
             self._hooks = [hook for hook in self._hooks if not isinstance(hook, final)]
         super().after_train()
 
@@ -208,7 +209,7 @@ class Trainer(DefaultTrainer):
             group["initial_lr"], group["lr"] = initial, value
 
     def build_hooks(self) -> list[HookBase]:
-        """Detectron2's hooks, the memory's, and the keeper of the best checkpoint."""
+        """Detectron2's hooks, the memory's, the keeper of the best checkpoint, and the pictures."""
         cfg, memory = self.cfg, self.cfg.MODEL.MCIBI.MEMORY
         built = super().build_hooks()
         if cfg.TEST.AUG.ENABLED and cfg.DATASETS.TEST:
@@ -241,6 +242,8 @@ class Trainer(DefaultTrainer):
                 metric = f"{cfg.DATASETS.TEST[0]}/{metric}"
             # Between the evaluation and the writers.
             built.insert(-1, KeepBest(self.checkpointer, metric))
+            if cfg.TEST.VIS_IMAGES:
+                built.insert(-1, PictureHook(cfg))
         return built
 
     @classmethod

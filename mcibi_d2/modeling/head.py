@@ -356,12 +356,14 @@ class MCIBIHead(nn.Module):
             log_weights = coarse.log_softmax(dim=1).repeat_interleave(self.memory.slots, dim=1)
             rows, known = self.memory.rows, self.memory.initialized
             return self.attention(pixels, rows, known, log_weights)
-        if self.hard:
-            best = coarse.argmax(dim=1, keepdim=True)
-            weights = torch.zeros_like(coarse).scatter_(1, best, 1.0)
-        else:
-            weights = coarse.softmax(dim=1)
-        return self.attention(pixels, self.memory.read(weights))
+        return self.attention(pixels, self.memory.read(self.read_weights(coarse)))
+
+    def read_weights(self, coarse: Tensor) -> Tensor:
+        """W of Eq. 11 (N, K, h, w) from the logits of H1: what each pixel asks of each class."""
+        if not self.hard:
+            return coarse.softmax(dim=1)
+        best = coarse.argmax(dim=1, keepdim=True)
+        return torch.zeros_like(coarse).scatter_(1, best, 1.0)
 
     def _pixel_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Cross-entropy at the targets' size, averaged over valid pixels (Eq. 16, 18)."""
@@ -413,11 +415,16 @@ class MCIBIHead(nn.Module):
         return (rows - mean) * (var + norm.eps).rsqrt() * norm.weight + norm.bias
 
     @torch.no_grad()
+    def classify_rows(self) -> Tensor:
+        """H2's probabilities for each row of the memory, (K * S, K)."""
+        training = self.h2.training
+        logits = self.h2.eval()(self.memory.rows[:, :, None, None]).flatten(1)
+        self.h2.train(training)
+        return logits.float().softmax(dim=1)
+
+    @torch.no_grad()
     def rows_accuracy(self) -> Tensor:
         """The share of the initialised rows that H2 gives to their own class, a 0-d tensor."""
-        training = self.h2.training
-        answers = self.h2.eval()(self.memory.rows[:, :, None, None]).flatten(1).argmax(dim=1)
-        self.h2.train(training)
         known = self.memory.initialized
-        right = (answers == self.memory.classes) & known
+        right = (self.classify_rows().argmax(dim=1) == self.memory.classes) & known
         return right.sum() / known.sum().clamp_min(1)

@@ -21,11 +21,12 @@ from tqdm import tqdm
 
 from mcibi_d2 import InputError
 from mcibi_d2.data import SemSegMapper
-from mcibi_d2.engine import Checkpointer, Trainer, load_config
+from mcibi_d2.engine import load_config
 from mcibi_d2.engine.checkpoint import check_weights_exist
 from mcibi_d2.engine.setup import check_config
 from mcibi_d2.evaluation import SemanticSegmentorWithTTA
 from mcibi_d2.evaluation.server_files import FORMATS, ServerFiles
+from mcibi_d2.predict import load_model
 
 
 def make_config(args: argparse.Namespace) -> CfgNode:
@@ -93,11 +94,9 @@ def check_same_run(cfg: CfgNode, form: str, record: Path) -> None:
 @torch.no_grad()
 def predict(cfg: CfgNode, records: list[dict], files: ServerFiles) -> None:
     """Write the prediction of each record."""
-    model = Trainer.build_model(cfg)
-    Checkpointer(model).resume_or_load(cfg.MODEL.WEIGHTS, resume=False, strict=True)
+    model = load_model(cfg)
     if cfg.TEST.AUG.ENABLED:
         model = SemanticSegmentorWithTTA(cfg, model)
-    model.eval()
     model.labels_only = True
     loader = build_detection_test_loader(
         records, mapper=SemSegMapper(cfg, False), num_workers=cfg.DATALOADER.NUM_WORKERS

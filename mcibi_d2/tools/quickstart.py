@@ -1,7 +1,7 @@
 """What ``make demo`` runs: FCN, FCN + MCIBI, and the control without memory, on generated scenes.
 
-Trains the three on the same schedule and seed on this machine, evaluates them, and writes a table
-and a sheet of pictures.
+Trains the three on the same schedule and seed on this machine, evaluates them, and writes a table,
+a sheet of pictures and a report.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.engine import HookBase
+from detectron2.utils.collect_env import collect_env_info
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import JSONWriter, TensorboardXWriter
 from tabulate import tabulate
@@ -25,6 +26,8 @@ from mcibi_d2 import InputError
 from mcibi_d2.data import scenes
 from mcibi_d2.engine import Trainer, load_config
 from mcibi_d2.engine.setup import check_config
+from mcibi_d2.tools.report import NAME as REPORT
+from mcibi_d2.tools.report import write_report
 from mcibi_d2.visualization import comparison_sheet
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "scenes"
@@ -33,6 +36,8 @@ RUNS = {
     "FCN + MCIBI": ("mcibi_tiny.yaml", []),
     "zero memory": ("mcibi_tiny.yaml", ["MODEL.MCIBI.MEMORY.UPDATE", "zero"]),
 }
+# Often enough for the report to show how the runs get there.
+EVALUATION = ["TEST.EVAL_PERIOD", "100"]
 PICTURES = 8
 
 
@@ -110,12 +115,16 @@ def main() -> None:
         format="[%(asctime)s] %(name)s: %(message)s",
     )  # fmt: skip
 
+    # Where the report looks for it.
+    logging.getLogger(__name__).info(f"Environment info:\n{collect_env_info()}")
+
     configs = {}
     for name, (config, options) in RUNS.items():
         folder = args.output / name.lower().replace(" ", "_").replace("+", "and")
-        options = [*options, "OUTPUT_DIR", str(folder), *args.opts]
+        options = [*options, *EVALUATION, "OUTPUT_DIR", str(folder), *args.opts]
         configs[name] = load_config(str(CONFIGS / config), options)
         check_config(configs[name])
+        (folder / "config.yaml").write_text(configs[name].dump())
     print(f"Training {len(RUNS)} small networks on generated scenes, on the CPU.", flush=True)
     models, results, seconds = {}, {}, {}
     with tqdm(total=sum(c.SOLVER.MAX_ITER for c in configs.values()), unit="it") as bar:
@@ -130,6 +139,8 @@ def main() -> None:
         _pictures(shown, range(PICTURES)), metadata.stuff_classes, metadata.stuff_colors
     )
     sheet.savefig(args.output / "scenes.png", dpi=130)
+    folders = {name: Path(cfg.OUTPUT_DIR) for name, cfg in configs.items()}
+    write_report(folders, args.output / REPORT)
     print(f"\n{table}\n")
     print(
         "'zero memory' is FCN + MCIBI with its memory held at zero: what it gains over FCN comes "
@@ -140,6 +151,7 @@ def main() -> None:
     print(
         f"\nLook at {args.output}/scenes.png and {args.output}/results.txt; next type: "
         f"{python} train_net.py --config-file configs/scenes/mcibi_tiny.yaml"
+        f"\nThe report, for a browser: {args.output}/{REPORT}"
     )
 
 
