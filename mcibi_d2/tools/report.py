@@ -20,6 +20,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from string import Template
 
 import yaml
 
@@ -262,7 +263,7 @@ def page(runs: Mapping[str, Run]) -> str:
         ("Environment", _environments(runs)),
     ]
     body = "\n".join(f"<section>\n<h2>{name}</h2>\n{text}\n</section>" for name, text in sections)
-    return _PAGE.replace("{title}", _text(title)).replace("{body}", body)
+    return _PAGE.substitute(title=_text(title), body=body)
 
 
 def _overview(runs: Mapping[str, Run]) -> str:
@@ -459,14 +460,14 @@ def _image(file: bytes, alt: str) -> str:
     )
 
 
-_PAGE = """<!DOCTYPE html>
+_PAGE = Template("""<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width">
 <meta http-equiv="Content-Security-Policy"
  content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<title>{title}</title>
+<title>$title</title>
 <style>
 :root { color-scheme: light dark; --text: #1c1e21; --back: #fff; --line: #d8dce2; --soft: #5c6570;
  --part: 0%; --bar: #bcd4f0; --best: #7fb0e6; }
@@ -502,11 +503,11 @@ summary { cursor: pointer; }
 </style>
 </head>
 <body>
-<h1>{title}</h1>
-{body}
+<h1>$title</h1>
+$body
 </body>
 </html>
-"""
+""")
 
 
 def main() -> None:
