@@ -13,6 +13,7 @@ from mcibi_d2.data.labels import read_labels
 from mcibi_d2.engine import Trainer, picture_hook
 from mcibi_d2.engine.picture_hook import PictureHook, overlays
 from mcibi_d2.engine.setup import check_config
+from mcibi_d2.visualization import blend
 
 
 def pictures(folder):
@@ -76,9 +77,14 @@ def test_overlays_show_image_truth_and_prediction(tmp_path, monkeypatch, three_s
     monkeypatch.setattr(
         picture_hook,
         "comparison_sheet",
-        lambda rows, *args: shown.extend(rows) or real(rows, *args),
+        lambda rows, *args, **options: shown.extend(rows) or real(rows, *args, **options),
     )
-    overlays(cfg, model, 2)
+    figure = overlays(cfg, model, 2)
+    colors = MetadataCatalog.get("test_scenes_three").stuff_colors
+    for axis, row in zip(figure.axes[::3], shown, strict=True):
+        assert np.array_equal(axis.images[0].get_array(), row["image"])
+    drawn = figure.axes[2].images[0].get_array()
+    assert np.array_equal(drawn, blend(shown[0]["image"], shown[0]["prediction"], colors, 0.7))
     assert model.training and model.backbone.training
     records = DatasetCatalog.get("test_scenes_three")
     assert len(shown) == 2

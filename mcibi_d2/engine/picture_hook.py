@@ -74,7 +74,7 @@ class PictureHook(HookBase):
 
 
 def overlays(cfg: CfgNode, model: nn.Module, count: int) -> Figure:
-    """A sheet of images of the first test set, their ground truth and predictions.
+    """A sheet of images of the first test set, with ground truth and predictions laid over them.
 
     Args:
         cfg: see :class:`PictureHook`.
@@ -96,4 +96,4 @@ def overlays(cfg: CfgNode, model: nn.Module, count: int) -> Figure:
             rows.append({**row, "prediction": labels.cpu().numpy().astype(np.int64)})
     # Another project's data set may have no colours.
     colors = metadata.get("stuff_colors") or palette(len(metadata.stuff_classes))
-    return comparison_sheet(rows, metadata.stuff_classes, colors)
+    return comparison_sheet(rows, metadata.stuff_classes, colors, opacity=0.7)

@@ -109,6 +109,7 @@ def comparison_sheet(
     rows: Sequence[Mapping[str, np.ndarray]],
     class_names: Sequence[str],
     colors: Sequence[Sequence[int]],
+    opacity: float = 1.0,
 ) -> Figure:
     """A sheet of pictures: one row per scene, one titled column per key, a legend below.
 
@@ -117,6 +118,7 @@ def comparison_sheet(
             the titles of the first.
         class_names: for the legend, which shows the classes that occur.
         colors: RGB of each class.
+        opacity: of label maps; below 1 they are laid over the first picture of their row.
 
     Returns:
         A figure; ``savefig`` writes it.
@@ -142,7 +144,9 @@ def comparison_sheet(
     for line, row in zip(axes, rows, strict=True):
         for axis, title in zip(line, titles, strict=True):
             picture = row[title]
-            if picture.ndim == 2:
+            if picture.ndim == 2 and opacity < 1:
+                picture = blend(row[titles[0]], picture, colors, opacity)
+            elif picture.ndim == 2:
                 picture = colorize(picture, colors)
             axis.imshow(picture, interpolation="nearest")
             axis.set_axis_off()
