@@ -49,7 +49,7 @@ class Attention(nn.Module):
         )
         refined = F.scaled_dot_product_attention(query, key, value)[:, 0].transpose(1, 2)
         del query, key, value  # not needed beside what the last layers make
-        return self.out(refined.reshape(len(pixels), -1, *pixels.shape[-2:]))
+        return self.out(refined.reshape(pixels.shape[0], -1, *pixels.shape[-2:]))
 
 
 class SlotAttention(nn.Module):
@@ -137,7 +137,7 @@ class RowAttention(nn.Module):
         """
         rows = self.normalize(rows)
         query = self.query(pixels).flatten(2).transpose(1, 2)[:, None].contiguous()
-        batch = len(pixels)
+        batch = pixels.shape[0]
         key, value = (f(rows).expand(batch, 1, -1, -1) for f in (self.key, self.value))
         any_row = initialized.any()
         bias = torch.zeros_like(initialized, dtype=query.dtype)

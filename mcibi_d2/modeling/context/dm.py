@@ -37,14 +37,21 @@ class DynamicConvolution(nn.Module):
         """Filter R (N, in_channels, h, w); returns (N, channels, h, w)."""
         filters = self.filters(F.adaptive_avg_pool2d(features, self.size))
         pixels = self.reduce(features)
-        # All images' channels side by side, each a group of its own.
-        filtered = F.conv2d(
-            pixels.flatten(0, 1)[None],
-            filters.flatten(0, 1)[:, None],
-            padding=self.size // 2,
-            groups=filters.shape[0] * filters.shape[1],
-        )
-        return F.relu(self.norm(filtered.view_as(pixels)))
+        return F.relu(self.norm(filter_channels(pixels, filters)))
+
+
+# The number of groups is the batch's: torch.jit.trace, on its own, would write down a number.
+@torch.jit.script_if_tracing
+def filter_channels(pixels: Tensor, filters: Tensor) -> Tensor:
+    """Filter each channel of each image, (N, C, h, w), by its own k x k filter, (N, C, k, k)."""
+    # All images' channels side by side, each a group of its own.
+    filtered = F.conv2d(
+        pixels.flatten(0, 1)[None],
+        filters.flatten(0, 1)[:, None],
+        padding=filters.shape[-1] // 2,
+        groups=filters.shape[0] * filters.shape[1],
+    )
+    return filtered.view_as(pixels)
 
 
 class DynamicFilterContext(ContextModule):

@@ -108,7 +108,7 @@ class EMContext(ContextModule):
 
     def _fit(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Pixels (N, C, hw) to the rebuilt ones and each image's bases (N, C, k)."""
-        bases = self.bases.expand(len(pixels), -1, -1)
+        bases = self.bases.expand(pixels.shape[0], -1, -1)
         for _ in range(self.iterations):
             shares = (pixels.transpose(1, 2) @ bases).softmax(dim=2)
             # The division by sum_n z_nk would not outlive the one by the length.

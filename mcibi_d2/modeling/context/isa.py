@@ -49,42 +49,51 @@ class GroupedAttention(nn.Module):
     def forward(self, pixels: Tensor) -> Tensor:
         """Attend within the groups of a map (N, channels, h, w); returns the same shape."""
         height, width = pixels.shape[-2:]
+        blocks = self._blocks(height), self._blocks(width)
         above, below = self._padding(height)
         left, right = self._padding(width)
 
-        def pad(x: Tensor) -> Tensor:
-            return F.pad(x, (left, right, above, below))
+        def group(x: Tensor) -> Tensor:
+            return self._group(F.pad(x, (left, right, above, below)), blocks)
 
         query, key, value = (
-            self._group(pad(project(pixels))) for project in (self.query, self.key, self.value)
+            group(project(pixels)) for project in (self.query, self.key, self.value)
         )
         mask = None
-        if above + below + left + right:
-            real = self._group(pad(pixels.new_ones(1, 1, height, width)))[..., 0] > 0
+        # There may be padding of a size that is not known yet, in torch.export.
+        padded = isinstance(height, torch.SymInt) or above + below + left + right
+        if padded:
+            real = group(pixels.new_ones(1, 1, height, width))[..., 0] > 0
             # A group of padding alone attends to itself: a softmax over nothing is not a number.
             mask = (real | ~real.any(dim=2, keepdim=True))[:, :, None]
         # The groups are in the place of heads: (N, groups, pixels of a group, channels).
         context = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-        context = self._ungroup(context, height + above + below, width + left + right)
-        return self.out(context[..., above : above + height, left : left + width])
+        context = self._ungroup(context, blocks)
+        if padded:
+            # No slice: torch.export would demand that it is smaller than the whole.
+            context = F.pad(context, (-left, -right, -above, -below))
+        return self.out(context)
+
+    def _blocks(self, size: int) -> int:
+        """Blocks that cover ``size`` pixels."""
+        return (size + self.division - 1) // self.division
 
     def _padding(self, size: int) -> tuple[int, int]:
         """Pixels to add before and behind, for a multiple of ``division``."""
-        missing = -size % self.division
+        missing = self._blocks(size) * self.division - size
         return missing // 2, missing - missing // 2
 
-    def _group(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) to (N, groups, pixels of a group, C)."""
+    def _group(self, x: Tensor, blocks: tuple[int, int]) -> Tensor:
+        """(N, C, H, W) of so many blocks to (N, groups, pixels of a group, C)."""
         side = self.division
         # (N, C, blocks down, place down, blocks across, place across)
-        x = x.unflatten(3, (-1, side)).unflatten(2, (-1, side))
+        x = x.unflatten(3, (blocks[1], side)).unflatten(2, (blocks[0], side))
         order = (0, 3, 5, 2, 4, 1) if self.far else (0, 2, 4, 3, 5, 1)
         return x.permute(order).flatten(3, 4).flatten(1, 2)
 
-    def _ungroup(self, x: Tensor, height: int, width: int) -> Tensor:
-        """The inverse of ``_group``, for a padded map of ``height`` x ``width``."""
+    def _ungroup(self, x: Tensor, blocks: tuple[int, int]) -> Tensor:
+        """The inverse of ``_group``."""
         side = self.division
-        blocks = (height // side, width // side)
         if self.far:
             x = x.unflatten(2, blocks).unflatten(1, (side, side)).permute(0, 5, 3, 1, 4, 2)
         else:

@@ -8,14 +8,14 @@ from pathlib import Path
 
 from mcibi_d2 import InputError
 
-from . import data, evaluation, method
+from . import data, evaluation, export, method
 
 
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m mcibi_d2.tools.benchmark", description=__doc__)
     commands = parser.add_subparsers(dest="part", required=True)
-    parts = [m.add_commands(commands) for m in (method, data, evaluation)]
+    parts = [m.add_commands(commands) for m in (method, data, evaluation, export)]
     for part in itertools.chain(*parts):
         part.add_argument("--json", metavar="FILE", help="write the JSON there, not to the output")
     args = parser.parse_args()
