@@ -136,7 +136,7 @@ def convert(state_dict: Mapping, cfg: CfgNode) -> tuple[dict[str, Tensor], list[
             state[name] = torch.zeros((), dtype=torch.int64)
             fates.append(Fate("", name, "missing: a counter, set to 0"))
     missing = [name for name in missing if name not in state]
-    wrong = [name for name, value in state.items() if value.shape != expected[name].shape]
+    wrong = [name for name, value in state.items() if not _alike(value, expected[name])]
     if unknown or missing or wrong:
         raise InputError(_misfit(unknown, missing, wrong, state, expected, cfg))
     return {name: state[name].to(expected[name].dtype).contiguous() for name in expected}, fates
@@ -156,7 +156,11 @@ def _unwrap(loaded: object) -> dict[str, Tensor]:
         raise InputError(
             f"holds no state dict, but {_some(strange)}, expected the tensors of a model"
         )
-    return {re.sub(r"^(module\.)+", "", str(name)): value for name, value in loaded.items()}
+    state = {re.sub(r"^(module\.)+", "", str(name)): value for name, value in loaded.items()}
+    if len(state) < len(loaded):
+        twice = [name for name in map(str, loaded) if f"module.{name}" in loaded]
+        raise InputError(f"holds {_some(twice)} with and without module., expected one of the two")
+    return state
 
 
 def _refuse_others(source: Mapping[str, Tensor]) -> None:
@@ -257,6 +261,16 @@ def _fit_positions(state: dict[str, Tensor], expected: Mapping[str, Tensor]) -> 
         )
 
 
+def _alike(value: Tensor, ours: Tensor) -> bool:
+    """Whether a tensor can take the place of one of ours: same shape, dense, and numbers alike."""
+    return (
+        value.shape == ours.shape
+        and value.layout == torch.strided
+        and value.is_floating_point() == ours.is_floating_point()
+        and not value.is_complex()
+    )
+
+
 def _misfit(unknown, missing, wrong, state, expected, cfg) -> str:
     """One sentence on what does not fit."""
     found = []
@@ -267,13 +281,18 @@ def _misfit(unknown, missing, wrong, state, expected, cfg) -> str:
     if wrong:
         name = wrong[0]
         found.append(
-            f"{len(wrong)} tensors of another shape, such as {name} {tuple(state[name].shape)} "
-            f"instead of {tuple(expected[name].shape)}"
+            f"{len(wrong)} tensors of another kind, such as {name} {_kind(state[name])} "
+            f"instead of {_kind(expected[name])}"
         )
     return (
         f"is not the model of the config ({cfg.MODEL.TIMM.NAME}, "
         f"{cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES} classes): " + "; ".join(found)
     )
+
+
+def _kind(value: Tensor) -> str:
+    dense = "" if value.layout == torch.strided else " sparse"
+    return f"{tuple(value.shape)}{dense} {str(value.dtype).removeprefix('torch.')}"
 
 
 def _some(names: list[str]) -> str:

@@ -1,6 +1,7 @@
 """The converted models against the released networks of sssegmentation, which must be installed.
 
-All 18: ``pytest tests/test_released.py -m "slow or not slow" -s`` prints the differences.
+Each of the 18 at a reduced size; at its own, with ``pytest tests/test_released.py -m "slow or not
+slow" -s``, which prints the differences.
 """
 
 from types import SimpleNamespace
@@ -16,18 +17,17 @@ from ssseg_models import (
     random_images,
     randomize,
     run_released,
+    small_options,
 )
 from test_convert import released_cfg
 
 from mcibi_d2.convert import convert_released
-from mcibi_d2.data import SemSegMapper
+from mcibi_d2.data import SemSegMapper, read_image
 from mcibi_d2.engine import MemoryUpdateHook, Trainer
 from mcibi_d2.evaluation import SemanticSegmentorWithTTA
 from mcibi_d2.modeling import FeatureMemory
 
-# Each kind of network once, each option once; the others are slow for their number.
-QUICK = [("lip", "R50"), ("ade20k", "S101"), ("cityscapes", "HRW48"), ("coco_stuff_10k", "ViTL")]
-CASES = [pytest.param(*case, 1, marks=[] if case in QUICK else pytest.mark.slow) for case in MODELS]
+SLOW = pytest.mark.slow
 
 
 def convert_to_ours(net, cfg, monkeypatch):
@@ -45,19 +45,24 @@ def convert_to_ours(net, cfg, monkeypatch):
     return model
 
 
-@pytest.mark.parametrize("data, backbone, slots", [*CASES, ("lip", "R50", 2)])
+def run_ours(model, images):
+    """Logits of our model for images that are padded as its patch embedding pads them."""
+    unit = model.backbone.size_divisibility or 1
+    padded = F.pad(images, (0, -images.shape[3] % unit, 0, -images.shape[2] % unit))
+    return model.sem_seg_head(model.backbone(padded))[0]
+
+
+@pytest.mark.parametrize("small", [True, pytest.param(False, marks=SLOW)], ids=["small", "full"])
+@pytest.mark.parametrize("data, backbone, slots", [*[(*m, 1) for m in MODELS], ("lip", "R50", 2)])
 @torch.no_grad()
-def test_same_logits(data, backbone, slots, monkeypatch):
-    net = randomize(build_released(data, backbone, slots))
-    model = convert_to_ours(
-        net, released_cfg(data, backbone, "MODEL.MCIBI.MEMORY.SLOTS", slots), monkeypatch
-    )
+def test_same_logits(data, backbone, slots, small, monkeypatch):
+    net = randomize(build_released(data, backbone, slots, small))
+    options = ["MODEL.MCIBI.MEMORY.SLOTS", slots, *(small_options(backbone) if small else [])]
+    model = convert_to_ours(net, released_cfg(data, backbone, *options), monkeypatch)
     # Sizes that no stride divides.
     images = random_images(1, 75, 109, torch.Generator().manual_seed(5))
     expected = run_released(net, images)
-    unit = model.backbone.size_divisibility or 1
-    padded = F.pad(images, (0, -109 % unit, 0, -75 % unit))
-    found, _ = model.sem_seg_head(model.backbone(padded))
+    found = run_ours(model, images)
     assert found.shape == expected.shape
     # The logits depend on the image: what is compared is not a constant.
     assert expected.std(dim=(2, 3)).mean() > 0.01 * expected.std()
@@ -107,14 +112,13 @@ def test_same_memory_after_three_updates(data):
     assert torch.equal(memory.initialized, (expected != 0).any(dim=1))
 
 
-def released_labels(model, cfg, file_name, unit):
-    """A label map by the released code's test pipeline, around our model's network.
+def released_labels(run, cfg, file_name):
+    """A label map by the released code's test pipeline.
 
     Args:
-        model: in evaluation mode.
+        run: the network, from normalised images to logits.
         cfg: of the data set.
         file_name: of the image.
-        unit: what the network's input is padded to a multiple of, as by its patch embedding.
     """
     import cv2
     from ssseg.modules import SSSegOutputStructure
@@ -128,10 +132,7 @@ def released_labels(model, cfg, file_name, unit):
             self.of_a_device = torch.nn.Parameter(torch.zeros(1))
 
         def forward(self, data_meta):
-            images = data_meta.images
-            padded = F.pad(images, (0, -images.shape[3] % unit, 0, -images.shape[2] % unit))
-            logits, _ = model.sem_seg_head(model.backbone(padded))
-            return SSSegOutputStructure(mode="TEST", seg_logits=logits)
+            return SSSegOutputStructure(mode="TEST", seg_logits=run(data_meta.images))
 
     lip = cfg.DATASETS.TEST[0].startswith("lip")
     slide, augmented = cfg.TEST.INFERENCE == "slide", cfg.TEST.AUG.ENABLED
@@ -182,28 +183,58 @@ SAMPLES = {
     "ade20k": "ADEChallengeData2016/images/validation/ADE_val_00000001.jpg",
     "cityscapes": "cityscapes/leftImg8bit/val",
     "lip": "LIP/TrainVal_images/val_images",
-    "coco_stuff_10k": "coco_stuff/images/val2017",
+    "coco": "coco_stuff/images/val2017",
 }
 
 
-def spread_classes(model, generator):
-    """Make a model, as it was built, give each class to some pixels of random images."""
-    head = model.sem_seg_head
-    head.memory.draw(0)
-    calibrate(model, lambda images: head(model.backbone(images)), generator)
-    logits, _ = head(model.backbone(random_images(8, 64, 64, generator)))
-    logits = logits.transpose(0, 1).flatten(1)
-    last = head.h2[-1]
-    last.weight.div_(logits.std(dim=1)[:, None, None, None])
-    last.bias.copy_(-logits.mean(dim=1) / logits.std(dim=1))
+def spread_classes(run, last, images):
+    """Make a network give each class to some pixels of images.
+
+    Args:
+        run: the network, from images to logits.
+        last: its last layer, a convolution.
+        images: normalised.
+    """
+    logits = run(images).transpose(0, 1).flatten(1)
+    mean, deviation = logits.mean(dim=1), logits.std(dim=1)
+    last.weight.div_(deviation[:, None, None, None])
+    last.bias.copy_((last.bias - mean) / deviation)
+
+
+def samples(cfg, folder):
+    """Sample images of the config's data set."""
+    sample = folder / "samples" / SAMPLES[cfg.DATASETS.TEST[0].split("_")[0]]
+    return [sample] if sample.is_file() else sorted(sample.rglob("*.*g"))[:2]
+
+
+def small_image(cfg, file_name):
+    """An image, normalised and scaled down, (1, 3, 128, 160)."""
+    image = torch.tensor(read_image(file_name, cfg.INPUT.FORMAT)).permute(2, 0, 1)[None].float()
+    mean, std = (
+        torch.tensor(x).view(-1, 1, 1) for x in (cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD)
+    )
+    return (F.interpolate(image, (128, 160), mode="area") - mean) / std
+
+
+def compare_labels(run, model, cfg, folder):
+    """The share of equal pixels of the two label maps of each sample image, which is asserted."""
+    for file_name in samples(cfg, folder):
+        expected = released_labels(run, cfg, file_name)
+        found = our_labels(model, cfg, file_name)
+        classes = len(expected.unique())
+        assert classes > 3
+        share = (found == expected).double().mean()
+        print(f"\n{cfg.OUTPUT_DIR} {file_name.name}: {100 * share:.4f} % equal, {classes} classes")
+        assert share >= 0.9999
 
 
 @pytest.mark.parametrize("data, backbone, tiny, augmented", [
     ("ade20k", "R50", TINY_RESNET, False), ("ade20k", "ViTL", TINY_VIT, False),
     ("lip", "R50", TINY_RESNET, True), ("cityscapes", "R50", TINY_RESNET, False),
-    pytest.param("ade20k", "R50", TINY_RESNET, True, marks=pytest.mark.slow),
-    pytest.param("ade20k", "ViTL", TINY_VIT, True, marks=pytest.mark.slow),
-    pytest.param("coco_stuff_10k", "R101", TINY_RESNET, True, marks=pytest.mark.slow),
+    ("coco_stuff_10k", "R50", TINY_RESNET, False),
+    pytest.param("ade20k", "R50", TINY_RESNET, True, marks=SLOW),
+    pytest.param("ade20k", "ViTL", TINY_VIT, True, marks=SLOW),
+    pytest.param("coco_stuff_10k", "R101", TINY_RESNET, True, marks=SLOW),
 ])  # fmt: skip
 @torch.no_grad()
 def test_same_labels_from_the_same_file(data, backbone, tiny, augmented, real_data):
@@ -211,13 +242,31 @@ def test_same_labels_from_the_same_file(data, backbone, tiny, augmented, real_da
     pytest.importorskip("ssseg", reason="the extra `parity` is not installed: no reference")
     cfg = released_cfg(data, backbone, *TINY, *tiny, "TEST.AUG.ENABLED", augmented)
     model = Trainer.build_model(cfg).eval()
-    spread_classes(model, torch.Generator().manual_seed(1))
-    sample = real_data / "samples" / SAMPLES[data]
-    files = [sample] if sample.is_file() else sorted(sample.rglob("*.*g"))[:2]
-    for file_name in files:
-        expected = released_labels(model, cfg, file_name, model.backbone.size_divisibility or 1)
-        found = our_labels(model, cfg, file_name)
-        assert len(expected.unique()) > 3
-        share = (found == expected).double().mean()
-        print(f"\n{data} {backbone} {file_name.name}: {100 * share:.4f} % of the labels are equal")
-        assert share >= 0.9999
+    model.sem_seg_head.memory.draw(0)
+    generator = torch.Generator().manual_seed(1)
+
+    def run(images):
+        return run_ours(model, images)
+
+    calibrate(model, run, generator)
+    spread_classes(run, model.sem_seg_head.h2[-1], random_images(8, 64, 64, generator))
+    compare_labels(run, model, cfg, real_data)
+
+
+@SLOW
+@pytest.mark.parametrize("data, backbone, augmented", [
+    ("ade20k", "R50", False), ("ade20k", "ViTL", False), ("cityscapes", "R50", False),
+    ("lip", "R50", True), ("lip", "HRW48", False), ("coco_stuff_10k", "R50", False),
+    ("coco_stuff_10k", "S101", False),
+])  # fmt: skip
+@torch.no_grad()
+def test_same_labels_of_the_whole_networks(data, backbone, augmented, real_data, monkeypatch):
+    """The released network in its pipeline, the converted one in ours."""
+    net = randomize(build_released(data, backbone), damped=True)
+
+    def run(images):
+        return run_released(net, images)
+
+    cfg = released_cfg(data, backbone, "TEST.AUG.ENABLED", augmented)
+    spread_classes(run, net.decoder_stage2[-1], small_image(cfg, samples(cfg, real_data)[0]))
+    compare_labels(run, convert_to_ours(net, cfg, monkeypatch), cfg, real_data)

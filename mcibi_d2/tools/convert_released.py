@@ -5,6 +5,7 @@ The configs of the 18 models, and what their files are called: configs/released/
 
 import argparse
 import os
+import re
 import sys
 from collections import Counter
 
@@ -24,10 +25,13 @@ def read(path: str) -> object:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else ""
+        # What it was that is no tensor, PyTorch says in the middle of a long text.
+        text = str(error).rpartition("WeightsUnpickler error:")[2]
+        lines = re.sub(r"(?s)^Weights only load failed.*?\n\n", "", text).strip().splitlines()
+        reason = lines[0][:120].strip() if lines else "no reason given"
         raise InputError(
             f"{path}: cannot be read as a checkpoint that holds tensors alone "
-            f"({type(error).__name__}: {reason[:120]})"
+            f"({type(error).__name__}: {reason})"
         ) from error
 
 
