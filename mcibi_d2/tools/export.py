@@ -135,8 +135,8 @@ def record(module: ImagesToLogits, form: str) -> Callable[[IO[bytes]], None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # they say what the check finds out
         if form == "torchscript":
+            # Without the optimisations of numbers, which would make them others.
             traced = torch.jit.trace(module, example, check_trace=False)
-            # Without its optimisations of numbers, which would make them others.
             frozen = torch.jit.freeze(traced, optimize_numerics=False)
             return lambda file: torch.jit.save(frozen, file)
         free = torch.export.Dim.DYNAMIC
