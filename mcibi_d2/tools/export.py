@@ -26,10 +26,11 @@ from detectron2.config import CfgNode
 from torch import Tensor, nn
 
 from mcibi_d2 import InputError
-from mcibi_d2.engine import Checkpointer, Trainer, load_config
+from mcibi_d2.engine import load_config
 from mcibi_d2.engine.checkpoint import check_weights_exist, replacing
 from mcibi_d2.engine.setup import check_config
 from mcibi_d2.modeling import MCIBISegmentor
+from mcibi_d2.predict import load_model
 
 FORMATS = ("torchscript", "onnx", "pt2")
 PREPROCESSING = ("RGB", "BGR", "none")
@@ -384,14 +385,13 @@ def main() -> None:
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     cfg = make_config(args)
     check_exportable(cfg, args.format)
-    model = Trainer.build_model(cfg)
+    model = load_model(cfg)
     if not isinstance(model, MCIBISegmentor):
         raise InputError(
             f"MODEL.META_ARCHITECTURE is {cfg.MODEL.META_ARCHITECTURE}, expected MCIBISegmentor"
         )
-    Checkpointer(model).resume_or_load(cfg.MODEL.WEIGHTS, resume=False, strict=True)
     print(f"Exporting as {args.format}, and comparing with the model:", flush=True)
-    export(cfg, model.eval(), args.format, args.preprocessing, args.output)
+    export(cfg, model, args.format, args.preprocessing, args.output)
     version = f"opset {OPSET}" if args.format == "onnx" else f"torch {torch.__version__}"
     images = {"none": f"normalised {cfg.INPUT.FORMAT}"}.get(
         args.preprocessing, f"{args.preprocessing} 0..255"
