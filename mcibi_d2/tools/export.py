@@ -23,6 +23,7 @@ from typing import IO
 import torch
 import torch.nn.functional as F
 from detectron2.config import CfgNode
+from detectron2.modeling import META_ARCH_REGISTRY
 from torch import Tensor, nn
 
 from mcibi_d2 import InputError
@@ -385,11 +386,12 @@ def main() -> None:
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     cfg = make_config(args)
     check_exportable(cfg, args.format)
-    model = load_model(cfg)
-    if not isinstance(model, MCIBISegmentor):
+    architecture = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)
+    if not issubclass(architecture, MCIBISegmentor):
         raise InputError(
             f"MODEL.META_ARCHITECTURE is {cfg.MODEL.META_ARCHITECTURE}, expected MCIBISegmentor"
         )
+    model = load_model(cfg)
     print(f"Exporting as {args.format}, and comparing with the model:", flush=True)
     export(cfg, model, args.format, args.preprocessing, args.output)
     version = f"opset {OPSET}" if args.format == "onnx" else f"torch {torch.__version__}"
