@@ -54,7 +54,7 @@ demo: $(installed)
 	PYTHONWARNINGS=ignore::FutureWarning $(python) -m mcibi_d2.tools.quickstart --output output/demo
 
 test: $(installed)
-	OMP_NUM_THREADS=1 $(python) -m pytest tests --numprocesses $(WORKERS)
+	OMP_NUM_THREADS=1 $(python) -m pytest tests --numprocesses $(WORKERS) --dist worksteal
 
 # The released networks: with them, tests/test_released.py compares the converted models.
 parity: $(installed)

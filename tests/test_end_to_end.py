@@ -66,7 +66,7 @@ def test_camvid(tmp_path, real_data, mobilenet_weights):
     output = run(
         "train_net.py", "--config-file", "configs/camvid/mcibi_MobileNetV2.yaml",
         "OUTPUT_DIR", tmp_path, "MODEL.WEIGHTS", mobilenet_weights, "SOLVER.MAX_ITER", 20,
-        "SOLVER.IMS_PER_BATCH", 4, "SOLVER.WARMUP_ITERS", 0, "DATALOADER.NUM_WORKERS", 0,
+        "SOLVER.IMS_PER_BATCH", 2, "SOLVER.WARMUP_ITERS", 0, "DATALOADER.NUM_WORKERS", 0,
         DETECTRON2_DATASETS=str(real_data),
     )  # fmt: skip
     assert 5 < miou(output) < 100

@@ -90,7 +90,7 @@ def test_every_context_as_torchscript(tmp_path, small_check, context):
 
 
 MORE = [
-    ("onnx", "ppm", ()),
+    pytest.param("onnx", "ppm", (), marks=pytest.mark.slow),
     pytest.param("pt2", "isa", (), marks=pytest.mark.slow),
     pytest.param("onnx", "dm", (), marks=pytest.mark.slow),
     pytest.param("onnx", "ann", (), marks=pytest.mark.slow),
