@@ -1,5 +1,6 @@
 import json
 import logging
+import time
 import tracemalloc
 
 import cv2
@@ -14,7 +15,7 @@ from PIL import Image
 from mcibi_d2 import InputError
 from mcibi_d2.data.labels import read_labels
 from mcibi_d2.engine import Trainer
-from mcibi_d2.evaluation import SemSegEvaluator, read_results
+from mcibi_d2.evaluation import Results, SemSegEvaluator, read_results
 from mcibi_d2.evaluation.boundary import boundaries
 from mcibi_d2.evaluation.results import measures
 
@@ -406,6 +407,26 @@ def _fails_everywhere(rank, world_size, folder):
 
 def test_two_processes_with_the_same_image(dataset, tmp_path):
     processes.run(_fails_everywhere, 2, tmp_path)
+
+
+def _fails_after_the_report(rank, world_size, folder):
+    register(folder)
+    write = Results.write
+
+    def slowly(self, path):
+        time.sleep(1)
+        write(self, path)
+
+    Results.write = slowly
+    shares, out = [[0, 1, 2], [3, 4]], folder + "/out"
+    with pytest.raises(InputError, match=r"4\.png: label 40"):
+        evaluate(folder, shares[rank], predictions(), distributed=True, output_dir=out)
+    assert read_results(out).images == 4
+
+
+def test_no_process_fails_before_the_report(dataset, tmp_path):
+    wrong_value(dataset)
+    processes.run(_fails_after_the_report, 2, tmp_path)
 
 
 @pytest.mark.parametrize("key", ["sem_seg", "labels"])

@@ -292,7 +292,11 @@ class SemSegEvaluator(Detectron2SemSegEvaluator):
             results = self._report(images, errors)
             if self._write_predictions:
                 self._join_predictions(len(shares))
+        self._reported = True
         if errors:
+            if self._distributed:
+                # An error ends all processes, so that it waits until the report is written.
+                comm.synchronize()
             more = f" (and {num_errors - 1} more, see the log)" if num_errors > 1 else ""
             raise InputError(f"{errors[0]}{more}; the {images} images that were counted are above")
         return results and OrderedDict({"sem_seg": results.values})
