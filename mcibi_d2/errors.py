@@ -6,3 +6,9 @@ class InputError(ValueError):
 
     ``train_net.py`` prints the sentence without a traceback.
     """
+
+
+def sentence(error: InputError) -> str:
+    """The message alone; a data loader's worker sends its whole traceback along."""
+    prefix = f"{InputError.__module__}.{InputError.__qualname__}: "
+    return str(error).strip().splitlines()[-1].removeprefix(prefix)

@@ -516,3 +516,27 @@ def test_a_broken_image_does_not_lose_the_others(dataset, tiny_cfg, monkeypatch,
         Trainer.test(tiny_cfg, model)
     expected = literal_measures(literal_confusion(dataset, predictions()[:4]))["mIoU"]
     assert f"{NAME}, 4 images: mIoU {expected:.2f}" in caplog.text
+
+
+def _one_is_broken_off(rank, world_size, folder):
+    register(folder)
+    share, out = [[0, 1, 2], [3, 4]][rank], folder + "/out"
+    evaluator = SemSegEvaluator(NAME, output_dir=out)
+    for i in share[: 3 - 2 * rank]:
+        evaluator.process([{"file_name": f"{folder}/{i}.jpg"}], [{"sem_seg": predictions()[i]}])
+    with pytest.raises(InputError, match=r"^4\.jpg: cannot be read; the 4 images that were"):
+        if rank == 1:
+            worker = "Caught InputError in DataLoader worker process 0.\nOriginal Traceback\n"
+            evaluator.break_off(InputError(f"{worker}{InputError.__module__}.InputError: 4.jpg: "
+                                           "cannot be read\n"))  # fmt: skip
+        else:
+            evaluator.evaluate()
+    if rank == 0:
+        expected = literal_confusion(folder, predictions()[:4])
+        assert np.array_equal(evaluator._conf_matrix[:-1, :-1], expected.T)
+    evaluator.break_off(InputError("is not reported again"))
+
+
+def test_one_process_broken_off_does_not_lose_the_counts_of_the_others(dataset, tmp_path):
+    processes.run(_one_is_broken_off, 2, tmp_path)
+    assert not (tmp_path / "out").exists()

@@ -14,7 +14,7 @@ from detectron2.utils import comm
 from torch.multiprocessing import ProcessExitedException
 
 from ..data import register_own_dataset
-from ..errors import InputError
+from ..errors import InputError, sentence
 
 
 def launch(
@@ -64,7 +64,7 @@ def launch(
             args=(main, args, cfg),
         )
     except InputError as error:
-        sys.exit(f"error: {_sentence(error)}")
+        sys.exit(f"error: {sentence(error)}")
     except ProcessExitedException as error:
         # A process that ended by itself has said why; one that was killed could not.
         sys.exit(1 if error.signal_name is None else f"error: {error}")
@@ -77,7 +77,7 @@ def _guarded(main: Callable, args: argparse.Namespace, cfg: CfgNode) -> None:
         register_own_dataset(cfg)
         main(args, cfg)
     except InputError as error:
-        print(f"error: {_sentence(error)}", file=sys.stderr, flush=True)
+        print(f"error: {sentence(error)}", file=sys.stderr, flush=True)
         # Not an exception: that would print a traceback. Not a clean exit: other processes wait.
         os._exit(1) if comm.get_world_size() > 1 else sys.exit(1)
 
@@ -85,19 +85,9 @@ def _guarded(main: Callable, args: argparse.Namespace, cfg: CfgNode) -> None:
 def _without_traceback(record: logging.LogRecord) -> bool:
     """Let Detectron2 log an :class:`InputError` as its sentence."""
     if record.exc_info and isinstance(record.exc_info[1], InputError):
-        record.msg = f"{record.getMessage()} {_sentence(record.exc_info[1])}"
+        record.msg = f"{record.getMessage()} {sentence(record.exc_info[1])}"
         record.exc_info = None
     return True
-
-
-def _sentence(error: InputError) -> str:
-    """The message alone; a data loader's worker sends its whole traceback along."""
-    return (
-        str(error)
-        .strip()
-        .splitlines()[-1]
-        .removeprefix(f"{InputError.__module__}.{InputError.__qualname__}: ")
-    )
 
 
 def _join(local_rank: int, local_size: int, on_cpu: bool) -> None:

@@ -284,10 +284,10 @@ class Trainer(DefaultTrainer):
                 stack.enter_context(_labels_only(model))
             try:
                 return super().test(cfg, model, evaluators)
-            except InputError:
+            except InputError as error:
                 for evaluator in evaluators:
                     if isinstance(evaluator, SemSegEvaluator):
-                        evaluator.break_off()
+                        evaluator.break_off(error)
                 raise
 
     @classmethod

@@ -16,7 +16,7 @@ from detectron2.utils.file_io import PathManager
 from torch import Tensor
 
 from ..data.labels import read_labels
-from ..errors import InputError
+from ..errors import InputError, sentence
 from .boundary import boundaries
 from .results import Results, boundary_measures, measures
 
@@ -104,6 +104,7 @@ class SemSegEvaluator(Detectron2SemSegEvaluator):
         self._pending: list[tuple[str, Tensor]] = []
         self._errors: list[str] = []
         self._num_errors = 0
+        self._broken_off = False
         self._reported = False
         if self._stream is not None:
             self._stream.close()
@@ -235,19 +236,29 @@ class SemSegEvaluator(Detectron2SemSegEvaluator):
                 )
         self._pending.clear()
 
-    def _note(self, error: str) -> None:
+    def _note(self, error: str, what_then: str = "going on with the other images") -> None:
         self._num_errors += 1
         if self._num_errors <= _MAX_ERRORS:
-            _logger.error(f"{error}; going on with the other images")
+            _logger.error(f"{error}; {what_then}")
             self._errors.append(error)
 
-    def break_off(self) -> None:
-        """Report what this process has counted, when something else ends the evaluation early."""
+    def break_off(self, error: InputError) -> None:
+        """End early, because of an error that is not of an image that was predicted.
+
+        Where images were counted, the counts of all processes are reported: the others go on to
+        the end of their shares and wait for this one in :meth:`evaluate`. No result file is
+        written.
+
+        Args:
+            error: why.
+
+        Raises:
+            InputError: ``error``, in the words of :meth:`evaluate`, if images were counted.
+        """
         if self._images and not self._reported:
-            self._look()
-            self._conf_matrix, self._b_conf_matrix = self._own_counts()
-            _logger.error(f"{self.title}: broken off, this is what was counted until then")
-            self._report(self._images, self._errors, write=False)
+            self._broken_off = True
+            self._note(sentence(error), "broken off")
+            self.evaluate()
 
     def _own_counts(self) -> np.ndarray:
         """(2, K + 1, K + 1) counts of this process."""
@@ -267,17 +278,20 @@ class SemSegEvaluator(Detectron2SemSegEvaluator):
             InputError: on every process and after the report, if an image was faulty.
         """
         self._look()
-        own = (self._own_counts(), self._seen, self._images, self._errors, self._num_errors)
+        own = (
+            self._own_counts(), self._seen, self._images, self._errors, self._num_errors,
+            self._broken_off,
+        )  # fmt: skip
         if self._stream is not None:
             self._stream.close()
             self._stream = None
         shares = comm.all_gather(own) if self._distributed else [own]
         counts, seen, images = (sum(share[i] for share in shares) for i in range(3))
         errors = [error for share in shares for error in share[3]][:_MAX_ERRORS]
-        num_errors = sum(share[4] for share in shares)
+        num_errors, broken_off = sum(share[4] for share in shares), any(x[5] for x in shares)
         for wrong, text in (
             (seen > 1, "predicted by several processes"),
-            (seen == 0, "not predicted"),
+            ((seen == 0) & (not broken_off), "not predicted"),
         ):
             if wrong.any():
                 num_errors += 1
@@ -289,8 +303,8 @@ class SemSegEvaluator(Detectron2SemSegEvaluator):
         self._conf_matrix, self._b_conf_matrix = counts
         results = None
         if comm.is_main_process() or not self._distributed:
-            results = self._report(images, errors)
-            if self._write_predictions:
+            results = self._report(images, errors, write=not broken_off)
+            if self._write_predictions and not broken_off:
                 self._join_predictions(len(shares))
         self._reported = True
         if errors:
@@ -301,8 +315,7 @@ class SemSegEvaluator(Detectron2SemSegEvaluator):
             raise InputError(f"{errors[0]}{more}; the {images} images that were counted are above")
         return results and OrderedDict({"sem_seg": results.values})
 
-    def _report(self, images: int, errors: list[str], write: bool = True) -> Results:
-        self._reported = True
+    def _report(self, images: int, errors: list[str], write: bool) -> Results:
         values = measures(self._conf_matrix, self._class_names)
         if self._compute_boundary_iou:
             values |= boundary_measures(self._b_conf_matrix, self._class_names)

@@ -24,6 +24,7 @@ from mcibi_d2.data import SemSegMapper
 from mcibi_d2.engine import load_config
 from mcibi_d2.engine.checkpoint import check_weights_exist
 from mcibi_d2.engine.setup import check_config
+from mcibi_d2.errors import sentence
 from mcibi_d2.evaluation import SemanticSegmentorWithTTA
 from mcibi_d2.evaluation.server_files import FORMATS, ServerFiles
 from mcibi_d2.predict import load_model
@@ -152,4 +153,4 @@ if __name__ == "__main__":
     try:
         main()
     except InputError as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {sentence(error)}")
