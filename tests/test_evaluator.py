@@ -228,6 +228,19 @@ def test_written_predictions_are_those_of_detectron2(dataset, tmp_path):
     assert json.loads((tmp_path / "a" / "sem_seg_predictions.json").read_text()) == expected
 
 
+def test_evaluating_twice_changes_nothing_and_a_reset_forgets_all(dataset, tmp_path):
+    outputs, records = predictions(), DatasetCatalog.get(NAME)
+    evaluator = SemSegEvaluator(NAME, False, str(tmp_path / "a"), write_predictions=True)
+    file, found = tmp_path / "a" / "sem_seg_predictions.json", []
+    for again in (False, False, True):
+        if again or not found:
+            evaluator.reset()
+            evaluator.process(records, [{"sem_seg": x} for x in outputs])
+        found.append((repr(evaluator.evaluate()), file.read_text()))
+    assert found[0] == found[1] == found[2]
+    assert len(json.loads(file.read_text())) >= 5
+
+
 def test_result_file_is_read_again(dataset, tmp_path):
     folder = tmp_path / "run" / "inference"
     results = evaluate(dataset, range(5), predictions(), output_dir=str(folder))["sem_seg"]

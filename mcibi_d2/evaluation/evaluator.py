@@ -349,9 +349,12 @@ class SemSegEvaluator(Detectron2SemSegEvaluator):
     def _join_predictions(self, processes: int) -> None:
         """One JSON list of the lists of all processes, copied piece by piece."""
         ranks = range(processes) if self._distributed else [comm.get_rank()]
+        parts = list(filter(PathManager.isfile, map(self._part, ranks)))
+        if self._reported and not parts:
+            return  # joined by an earlier call of `evaluate`
         with PathManager.open(os.path.join(self._output_dir, _PREDICTIONS), "w") as whole:
             whole.write("[")
-            for part in filter(PathManager.isfile, map(self._part, ranks)):
+            for part in parts:
                 with PathManager.open(part) as file:
                     if whole.tell() > 1:
                         whole.write(", ")
