@@ -147,7 +147,10 @@ def test_the_last_prediction_does_not_lose_the_others(folder, caplog):
         (lambda f: (f / "labels" / "2.png").unlink(), r"a/2\.png: has no label in .*1 of 4"),
         (lambda f: [p.unlink() for p in (f / "a").iterdir()], r"a: holds no files"),
         (lambda f: cv2.imwrite(f"{f}/a/0.png", np.zeros((24, 32, 3))), r"0\.png: an image of sha"),
-        (lambda f: cv2.imwrite(f"{f}/a/0.png", np.zeros((4, 4))), r"labels of 24 x 32 .* 4 x 4"),
+        (
+            lambda f: cv2.imwrite(f"{f}/a/0.png", np.zeros((4, 4))),
+            r"labels/0\.png: labels of 24 x 32 .* the prediction of \S*a/0\.png has 4 x 4",
+        ),
         (lambda f: (f / "a" / "0.png").write_text("x"), r"0\.png: cannot be read as a predict"),
     ],
 )
@@ -251,6 +254,13 @@ def test_missing_pictures_and_runs_are_said(folder, monkeypatch):
     (folder / "b" / "1.png").unlink()
     with pytest.raises(InputError, match=r"b: has no 1\.png"):
         call(monkeypatch, compare, run, run, "--predictions", folder / "a", folder / "b")
+    for run_folder in ("a", "b"):
+        (folder / "b" / "1.png").write_bytes((folder / "a" / "1.png").read_bytes())
+        wrong = folder / run_folder / "1.png"
+        cv2.imwrite(str(wrong), np.zeros((4, 5)))
+        with pytest.raises(InputError, match=f"^{wrong}: 4 x 5 pixels .* expected 24 x 32"):
+            call(monkeypatch, compare, run, run, "--predictions", folder / "a", folder / "b")
+        cv2.imwrite(str(wrong), np.zeros((24, 32)))
     with pytest.raises(InputError, match="nowhere: no such file or folder"):
         call(monkeypatch, compare, run, folder / "nowhere")
 

@@ -155,9 +155,13 @@ class SemSegEvaluator(Detectron2SemSegEvaluator):
         self._seen[number] = 1
         prediction = self._checked(file_name, output)
         height, width = prediction.shape[-2:]
-        truth = torch.from_numpy(
-            read_labels(self.input_file_to_gt_file[file_name], self._dataset_name, (height, width))
-        )
+        labels = self.input_file_to_gt_file[file_name]
+        truth = torch.from_numpy(read_labels(labels, self._dataset_name))
+        if truth.shape != (height, width):
+            raise InputError(
+                f"{labels}: labels of {truth.shape[0]} x {truth.shape[1]} (height x width), but "
+                f"the prediction of {file_name} has {height} x {width}"
+            )
         # On a CPU what is made in between stays in its cache, and never makes the process grow.
         whole = (
             prediction.device.type != "cpu" or self._compute_boundary_iou or self._write_predictions

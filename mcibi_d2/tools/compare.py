@@ -126,13 +126,14 @@ def _read(
         if image not in files:
             raise InputError(f"{folder}: has no {image}.png, expected a prediction for each image")
         maps.append(read_prediction(files[image], dataset))
-    maps.append(read_labels(record["sem_seg_file_name"], dataset, maps[0].shape))
-    if maps[1].shape != maps[0].shape:
-        raise InputError(
-            f"{predictions[1][image]}: {maps[1].shape[0]} x {maps[1].shape[1]} pixels (height x "
-            f"width), expected {maps[0].shape[0]} x {maps[0].shape[1]}"
-        )
-    return maps
+    truth = read_labels(record["sem_seg_file_name"], dataset)
+    for predicted, files in zip(maps, predictions, strict=True):
+        if predicted.shape != truth.shape:
+            raise InputError(
+                f"{files[image]}: {predicted.shape[0]} x {predicted.shape[1]} pixels (height x "
+                f"width), expected {truth.shape[0]} x {truth.shape[1]} as its labels"
+            )
+    return [*maps, truth]
 
 
 def write_pictures(
