@@ -265,6 +265,30 @@ def test_missing_pictures_and_runs_are_said(folder, monkeypatch):
         call(monkeypatch, compare, run, folder / "nowhere")
 
 
+def test_pictures_without_colors_and_without_labels(folder, monkeypatch):
+    runs, sheet = [make_run(folder / "fcn", BASELINE)] * 2, folder / "sheet.png"
+    options = ["--predictions", folder / "a", folder / "b", "--output", sheet]
+    MetadataCatalog.get(NAME).__dict__.pop("stuff_colors")
+    call(monkeypatch, compare, *runs, *options)
+    assert len(np.unique(np.asarray(Image.open(sheet).convert("RGB")).reshape(-1, 3), axis=0)) > 4
+    records = [{"file_name": r["file_name"]} for r in DatasetCatalog.get(NAME)]
+    DatasetCatalog.remove(NAME)
+    DatasetCatalog.register(NAME, lambda: records)
+    with pytest.raises(InputError, match=rf"--dataset {NAME}: has no labels for \S*0\.jpg"):
+        call(monkeypatch, compare, *runs, *options)
+
+
+@pytest.mark.parametrize("key", ["IoU-tree", "ACC-sky"])
+def test_results_without_a_measure_are_said(tmp_path, key):
+    make_run(tmp_path, BASELINE)
+    path = tmp_path / "inference" / "sem_seg_evaluation.json"
+    found = json.loads(path.read_text())
+    del found["results"][key]
+    path.write_text(json.dumps(found))
+    with pytest.raises(InputError, match=rf"\.json: has no {key}, expected it for each class"):
+        read_results(str(path))
+
+
 def test_run_with_several_data_sets_asks_which(tmp_path):
     for name in ("one", "two"):
         make_run(tmp_path / "inference" / name, BASELINE)

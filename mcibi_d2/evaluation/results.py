@@ -181,7 +181,7 @@ def read_results(path: str) -> Results:
     try:
         if file.suffix == ".json":
             found = json.loads(file.read_text())
-            return Results(
+            results = Results(
                 {k: math.nan if v is None else float(v) for k, v in found["results"].items()},
                 list(found["classes"]),
                 found["dataset"],
@@ -189,18 +189,24 @@ def read_results(path: str) -> Results:
                 np.array(found["confusion"], dtype=np.int64),
                 list(found["errors"]),
             )
-        with _numpy_scalars():
-            values = torch.load(file, map_location="cpu", weights_only=True)
-        values = {str(k): float(v) for k, v in values.items()}
+        else:
+            with _numpy_scalars():
+                values = torch.load(file, map_location="cpu", weights_only=True)
+            values = {str(k): float(v) for k, v in values.items()}
+            names = [k.removeprefix("IoU-") for k in values if k.startswith("IoU-")]
+            results = Results(values, names)
     except Exception as error:
         raise InputError(
             f"{file}: cannot be read as the result file of an evaluation "
             f"({type(error).__name__}: {str(error).splitlines()[0]})"
         ) from error
-    classes = [k.removeprefix("IoU-") for k in values if k.startswith("IoU-")]
-    if not classes:
+    if not results.classes:
         raise InputError(f"{file}: has no IoU-<class>, expected the results of an evaluation")
-    return Results(values, classes)
+    for name in results.classes:
+        for key in (f"IoU-{name}", f"ACC-{name}"):
+            if key not in results.values:
+                raise InputError(f"{file}: has no {key}, expected it for each class")
+    return results
 
 
 def _numpy_scalars():

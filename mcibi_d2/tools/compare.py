@@ -21,6 +21,7 @@ from tqdm import tqdm
 import mcibi_d2  # noqa: F401  registers the data sets
 from mcibi_d2 import InputError
 from mcibi_d2.data.labels import read_labels
+from mcibi_d2.data.own import palette
 from mcibi_d2.evaluation import Results, read_results
 from mcibi_d2.evaluation.folders import find_predictions, image_name, read_prediction
 from mcibi_d2.evaluation.results import MEASURES, find_result_file, show
@@ -120,6 +121,11 @@ def _read(
     record: dict, dataset: str, folders: tuple[str, str], predictions: list[dict[str, Path]]
 ) -> list[np.ndarray]:
     """Both predictions for an image and its labels, all of one size."""
+    if "sem_seg_file_name" not in record:
+        raise InputError(
+            f"--dataset {dataset}: has no labels for {record['file_name']}, expected a data set "
+            f"with labels"
+        )
     image = image_name(record["file_name"])
     maps = []
     for folder, files in zip(folders, predictions, strict=True):
@@ -149,8 +155,10 @@ def write_pictures(
         rows.append(dict(zip(titles, (image, truth, one, other), strict=True)))
         print(f"{record['file_name']}: {100 * share:.1f} % of its pixels differ")
     metadata = MetadataCatalog.get(dataset)
+    # Detectron2's own data sets have no colors.
+    colors = metadata.get("stuff_colors") or palette(len(metadata.stuff_classes))
     path.parent.mkdir(parents=True, exist_ok=True)
-    comparison_sheet(rows, metadata.stuff_classes, metadata.stuff_colors).savefig(path, dpi=150)
+    comparison_sheet(rows, metadata.stuff_classes, colors).savefig(path, dpi=150)
     print(f"Look at {path}.")
 
 
