@@ -166,7 +166,8 @@ def add_mcibi_config(cfg: CN) -> None:
     cfg.INPUT.COLOR_AUG_SSD = True
 
     # Size of test images. shortest_edge: MIN_SIZE_TEST and MAX_SIZE_TEST (MIN_SIZE_TEST 0: their
-    # own size). fixed: FIXED_SIZE_TEST. cityscapes: 1024 for the shorter side (section 4.1).
+    # own size). fixed: FIXED_SIZE_TEST. cityscapes: 1024 for the shorter side (section 4.1). Of the
+    # last two MIN_SIZE_TEST should be 0, or DefaultPredictor resizes to it before.
     cfg.INPUT.TEST_RESIZE = "shortest_edge"
     # Of TEST_RESIZE fixed: (height, width), whatever the image's ratio (LIP).
     cfg.INPUT.FIXED_SIZE_TEST = (473, 473)

@@ -1,13 +1,17 @@
 """Whole images and sliding windows, logits and labels: what the model gives at test time."""
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import make_tiny_cfg
+from detectron2.engine import DefaultPredictor
 from detectron2.modeling import build_model
+from PIL import Image
 from torch import nn
 
 from mcibi_d2 import InputError
+from mcibi_d2.data import SemSegMapper
 from mcibi_d2.engine.setup import check_config
 from mcibi_d2.modeling import MCIBISegmentor, SlidingWindow, resize, score_maps
 from mcibi_d2.modeling.resize import best_class, resize_argmax, resize_logits
@@ -194,6 +198,33 @@ def test_windows_are_run_in_batches():
     model.backbone.register_forward_pre_hook(lambda _, args: sizes.append(tuple(args[0].shape)))
     model([x])
     assert sizes == [(4, 3, 20, 32), (4, 3, 20, 32), (1, 3, 20, 32)]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("INPUT.TEST_RESIZE", "fixed", "INPUT.FIXED_SIZE_TEST", "(97, 65)"),
+        ("INPUT.TEST_RESIZE", "fixed", "INPUT.FIXED_SIZE_TEST", "(97, 65)",
+         "TEST.RELEASED", "True", "TEST.INFERENCE", "slide",
+         "TEST.SLIDE.WINDOW", "(64, 64)", "TEST.SLIDE.STRIDE", "(43, 43)"),
+        ("INPUT.TEST_RESIZE", "cityscapes"),
+        ("INPUT.MIN_SIZE_TEST", "33"),
+    ],
+)  # fmt: skip
+def test_default_predictor_does_as_the_evaluation(tmp_path, options):
+    path = str(tmp_path / "x.png")
+    picture = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+    Image.fromarray(picture).save(path)
+    cfg = make_tiny_cfg(tmp_path, "INPUT.MIN_SIZE_TEST", "0", "MODEL.MCIBI.ENABLED", "False",
+                        "DATASETS.TEST", "('scenes_val',)", *options)  # fmt: skip
+    model = build_model(cfg).eval()
+    cfg.MODEL.WEIGHTS = str(tmp_path / "weights.pth")
+    torch.save({"model": model.state_dict()}, cfg.MODEL.WEIGHTS)
+    with torch.no_grad():
+        (expected,) = model([SemSegMapper(cfg, False)({"file_name": path})])
+    found = DefaultPredictor(cfg)(picture[:, :, ::-1])
+    assert found["sem_seg"].shape[1:] == (40, 60)
+    assert torch.equal(found["sem_seg"], expected["sem_seg"])
 
 
 def test_mode_comes_from_the_config(tmp_path):

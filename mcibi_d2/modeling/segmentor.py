@@ -1,7 +1,12 @@
 """The meta-architecture: normalise -> backbone -> head -> resize, for the image or for windows."""
 
+import sys
+
+import cv2
+import numpy as np
 import torch
 from detectron2.config import configurable
+from detectron2.data import transforms as T
 from detectron2.modeling import (
     META_ARCH_REGISTRY,
     Backbone,
@@ -37,6 +42,7 @@ class MCIBISegmentor(nn.Module):
         memory_budget_mb: MiB that the logits of an image may take at its own size.
         released: bring logits to the size of the image with its padding instead of cutting that
             off, as the authors' released code does it. For one image at a time.
+        test_resize: to what images are resized at test time that do not have this size yet.
     """
 
     @configurable
@@ -50,6 +56,7 @@ class MCIBISegmentor(nn.Module):
         sliding: SlidingWindow | None = None,
         memory_budget_mb: float = 1024,
         released: bool = False,
+        test_resize: T.Augmentation | None = None,
     ):
         super().__init__()
         self.backbone = backbone
@@ -59,6 +66,7 @@ class MCIBISegmentor(nn.Module):
         self.sliding = sliding
         self.memory_budget_mb = memory_budget_mb
         self.released = released
+        self.test_resize = test_resize
         self.labels_only = False
 
     @classmethod
@@ -82,6 +90,7 @@ class MCIBISegmentor(nn.Module):
             "sliding": sliding if cfg.TEST.INFERENCE == "slide" else None,
             "memory_budget_mb": cfg.TEST.MEMORY_BUDGET_MB,
             "released": cfg.TEST.RELEASED,
+            "test_resize": _test_resize(cfg),
         }
 
     @property
@@ -127,6 +136,8 @@ class MCIBISegmentor(nn.Module):
             return losses
 
         results = []
+        if self.test_resize is not None:
+            batched_inputs = [self._resized(x) for x in batched_inputs]
         for scores in self.score_maps(batched_inputs):
             if self.labels_only or scores.nbytes > self.memory_budget_mb * 2**20:
                 results.append({"labels": scores.labels()})
@@ -154,6 +165,22 @@ class MCIBISegmentor(nn.Module):
                 logits, images.image_sizes, batched_inputs, strict=True
             )
         ]
+
+    def _resized(self, x: dict) -> dict:
+        """An input at the test size, as :class:`SemSegMapper` makes it, which others do not."""
+        size = tuple(x["image"].shape[1:])
+        resize = self.test_resize.get_transform(np.empty((*size, 3), dtype=np.uint8))
+        if isinstance(resize, T.NoOpTransform) or size == (resize.new_h, resize.new_w):
+            return x
+        # `DefaultPredictor` gives bytes as floats, which would be resized in another way.
+        image = x["image"].permute(1, 2, 0).round().clamp(0, 255).byte().cpu().numpy()
+        if self.released:
+            image = cv2.resize(image, (resize.new_w, resize.new_h))
+        else:
+            image = resize.apply_image(image)
+        image = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
+        height, width = _out_size(x)
+        return {**x, "image": image, "height": height, "width": width}
 
     def _logits(self, batched_inputs: list[dict]) -> tuple[Tensor, ImageList]:
         images = self.preprocess(batched_inputs)
@@ -183,3 +210,14 @@ def _out_size(x: dict) -> tuple[int, int]:
     """Size of the result for an input: that of the file, if it is known, else of the image."""
     height, width = x["image"].shape[-2:]
     return x.get("height", height), x.get("width", width)
+
+
+def _test_resize(cfg) -> T.Augmentation | None:
+    """The rules of ``INPUT.TEST_RESIZE`` that Detectron2's ``DefaultPredictor`` does not know."""
+    match cfg.INPUT.TEST_RESIZE:
+        case "fixed":
+            return T.Resize(tuple(cfg.INPUT.FIXED_SIZE_TEST))
+        case "cityscapes":
+            return T.ResizeShortestEdge([1024] * 2, sys.maxsize, "choice")
+        case _:
+            return None
