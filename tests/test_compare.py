@@ -97,6 +97,16 @@ def test_predictions_in_the_values_of_the_labels(folder):
         evaluate_folder.evaluate_folder(folder / "a", folder / "labels", NAME)
 
 
+def test_predictions_of_one_bit_and_endings_in_capitals(folder):
+    for path in list((folder / "a").iterdir()):
+        labels = np.minimum(np.asarray(Image.open(path)), 1)
+        Image.fromarray(labels).save(path)
+        Image.fromarray(labels.astype(bool)).save(folder / "b" / path.name)
+        (folder / "b" / path.name).rename(folder / "b" / path.with_suffix(".PNG").name)
+    found = [evaluate_folder.evaluate_folder(folder / x, folder / "labels", NAME) for x in "ab"]
+    assert repr(found[0]) == repr(found[1])
+
+
 def test_real_labels_against_themselves(real_data):
     folder = real_data / "CamVid" / "valannot"
     found = evaluate_folder.evaluate_folder(folder, folder, "camvid_11_val", "labels")

@@ -6,7 +6,7 @@ import numpy as np
 from detectron2.data import MetadataCatalog
 from PIL import Image
 
-from ..data.labels import read_labels
+from ..data.labels import label_values, read_labels
 from ..errors import InputError
 from .server_files import CITYSCAPES_NAME
 
@@ -29,7 +29,11 @@ def find_predictions(folder: str | Path) -> dict[str, Path]:
     Raises:
         InputError: there is none, or two are of one image.
     """
-    return _by_image(folder, list(Path(folder).rglob("*.png")), "predictions (.png)")
+    return _by_image(
+        folder,
+        [p for p in Path(folder).rglob("*") if p.suffix.lower() == ".png"],
+        "predictions (.png)",
+    )
 
 
 def find_labels(folder: str | Path) -> dict[str, Path]:
@@ -40,7 +44,7 @@ def find_labels(folder: str | Path) -> dict[str, Path]:
     Raises:
         InputError: there is none, or two are of one image.
     """
-    files = [path for path in Path(folder).rglob("*") if path.suffix in (".png", ".mat")]
+    files = [path for path in Path(folder).rglob("*") if path.suffix.lower() in (".png", ".mat")]
     ids = [path for path in files if path.stem.endswith("_labelIds")]
     return _by_image(folder, ids or files, "labels (.png or .mat)")
 
@@ -62,7 +66,7 @@ def read_prediction(path: str | Path, dataset_name: str, pixels: str = "classes"
     """Read a predicted label map.
 
     Args:
-        path: an image with one channel, or one with a palette, whose indices count.
+        path: a 1-, 8- or 16-bit image with one channel, or with a palette, whose indices count.
         dataset_name: a registered data set.
         pixels: of ``PIXELS``; ``labels`` go through the data set's label table.
 
@@ -78,7 +82,7 @@ def read_prediction(path: str | Path, dataset_name: str, pixels: str = "classes"
         return np.where(labels == metadata.ignore_label, np.int32(-1), labels)
     try:
         with Image.open(path) as image:
-            values = np.asarray(image)
+            values = label_values(image)
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise InputError(f"{path}: cannot be read as a prediction ({error})") from error
     if values.ndim != 2 or not np.issubdtype(values.dtype, np.integer):
