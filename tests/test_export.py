@@ -194,6 +194,12 @@ def test_zip_is_checked(tmp_path):
     with pytest.raises(InputError, match=r"2 predictions, expected 3; there is none for .*1.jpg"):
         files.zip(tmp_path / "x.zip")
     files.write(images[1], np.zeros((7, 9), dtype=np.int64))
+    assert files.missing() == []
+    for image, name, size in ((images[0], "0.png", 0), (images[2], "2.png", -9)):
+        whole = (predictions / name).read_bytes()
+        (predictions / name).write_bytes(whole[:size])  # cut off: to be made again
+        assert files.missing() == [image]
+        (predictions / name).write_bytes(whole)
     (predictions / "other.png").write_bytes(b"")
     with pytest.raises(InputError, match=r"other.png: is the prediction of no image"):
         files.zip(tmp_path / "x.zip")

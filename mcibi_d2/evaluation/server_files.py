@@ -96,8 +96,8 @@ class ServerFiles:
             raise InputError(f"{len(images)} images, of which only {len(self._targets)} differ")
 
     def missing(self) -> list[str]:
-        """Images that have no prediction yet."""
-        return [image for image, target in self._targets.items() if not target.is_file()]
+        """Images that have no prediction yet, or one whose file was cut off or damaged."""
+        return [image for image, target in self._targets.items() if not _is_whole(target)]
 
     def write(self, image: str, labels: np.ndarray) -> None:
         """Write the prediction of an image; a file is there only when it is complete.
@@ -170,6 +170,16 @@ class ServerFiles:
             for target in sorted(self._targets.values()):
                 archive.write(target, target.name)
         os.replace(part, path)
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a PNG is there to its end, with the right checksums."""
+    try:
+        with Image.open(path) as png:
+            png.verify()
+    except (OSError, SyntaxError):
+        return False
+    return True
 
 
 def _image_sizes(file_name: str) -> list[tuple[int, int]]:
