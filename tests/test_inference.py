@@ -227,6 +227,18 @@ def test_default_predictor_does_as_the_evaluation(tmp_path, options):
     assert torch.equal(found["sem_seg"], expected["sem_seg"])
 
 
+def test_only_images_of_a_file_are_brought_to_the_test_size(tmp_path):
+    """Others, such as those that a memory is initialised from, are taken as they are."""
+    options = ("INPUT.TEST_RESIZE", "fixed", "INPUT.FIXED_SIZE_TEST", "(97, 65)")
+    model, sizes = build_model(make_tiny_cfg(tmp_path, *options)).eval(), []
+    model.backbone.register_forward_pre_hook(lambda _, args: sizes.append(args[0].shape[2:]))
+    x = {"image": torch.randint(0, 256, (3, 40, 60), dtype=torch.uint8)}
+    with torch.no_grad():
+        for given in (x, {**x, "height": 50, "width": 75}):
+            model([given])
+    assert [tuple(size) for size in sizes] == [(40, 60), (97, 65)]
+
+
 def test_mode_comes_from_the_config(tmp_path):
     options = ("TEST.SLIDE.WINDOW", "(64, 64)", "TEST.SLIDE.STRIDE", "(43, 43)")
     x = {"image": torch.randint(0, 256, (3, 96, 97), dtype=torch.uint8)}

@@ -42,7 +42,8 @@ class MCIBISegmentor(nn.Module):
         memory_budget_mb: MiB that the logits of an image may take at its own size.
         released: bring logits to the size of the image with its padding instead of cutting that
             off, as the authors' released code does it. For one image at a time.
-        test_resize: to what images are resized at test time that do not have this size yet.
+        test_resize: to what images are resized at test time that come with ``height`` and ``width``
+            and do not have this size yet.
     """
 
     @configurable
@@ -167,7 +168,12 @@ class MCIBISegmentor(nn.Module):
         ]
 
     def _resized(self, x: dict) -> dict:
-        """An input at the test size, as :class:`SemSegMapper` makes it, which others do not."""
+        """An input at the test size, as :class:`SemSegMapper` makes it, which others do not.
+
+        One that does not say how large its file is, is no test image, and stays as it is.
+        """
+        if "height" not in x:
+            return x
         size = tuple(x["image"].shape[1:])
         resize = self.test_resize.get_transform(np.empty((*size, 3), dtype=np.uint8))
         if isinstance(resize, T.NoOpTransform) or size == (resize.new_h, resize.new_w):
@@ -179,8 +185,7 @@ class MCIBISegmentor(nn.Module):
         else:
             image = resize.apply_image(image)
         image = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
-        height, width = _out_size(x)
-        return {**x, "image": image, "height": height, "width": width}
+        return {**x, "image": image}
 
     def _logits(self, batched_inputs: list[dict]) -> tuple[Tensor, ImageList]:
         images = self.preprocess(batched_inputs)
