@@ -51,7 +51,8 @@ def add_mcibi_config(cfg: CN) -> None:
     # first_batch_mean: the mean of a class's pixels in the first batch that has them (released).
     # file: INIT_FILE. Rows that are not found start as with first_batch_mean.
     cfg.MODEL.MCIBI.MEMORY.INIT = "random_pixel"
-    # random_pixel and clustering stop when they have all pixels, or have seen this many images.
+    # random_pixel and clustering look at each image's labels once at most: until they have all
+    # pixels, or have seen this many images. The network runs on images with a drawn pixel alone.
     cfg.MODEL.MCIBI.MEMORY.INIT_MAX_IMAGES = 2000
     # Pixels per class for clustering.
     cfg.MODEL.MCIBI.MEMORY.INIT_PIXELS = 100

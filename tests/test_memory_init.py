@@ -1,3 +1,5 @@
+import itertools
+import logging
 from types import SimpleNamespace
 
 import numpy as np
@@ -6,10 +8,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import make_tiny_cfg
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.layers import ShapeSpec
 from detectron2.structures import ImageList
 
 from mcibi_d2 import InputError
+from mcibi_d2.data import SemSegMapper
 from mcibi_d2.engine import MemoryInitHook, Trainer, memory_init
 from mcibi_d2.engine.memory_init import cluster_pixels, read_rows
 from mcibi_d2.modeling import FeatureMemory, MCIBIHead
@@ -142,7 +146,7 @@ def test_classes_not_found_stay_uninitialised_and_the_limit_holds():
 
 
 def _draw(rank, world_size, folder, init, slots):
-    model = TinyModel(12, slots=slots)
+    model = TinyModel(13, slots=slots)  # of which one has no pixel
     mine = [x for x in stream(12, classes=12) if x["position"] % world_size == rank]
     batches = batched(mine, 6 // world_size)
     draw(model, batches, seed=3, max_images=12, init=init, pixels=4)
@@ -156,15 +160,119 @@ def _draw(rank, world_size, folder, init, slots):
 def test_draw_is_the_same_on_every_number_of_processes(tmp_path, world_size, init, slots):
     if init == "clustering":
         pytest.importorskip("sklearn")
-    alone = TinyModel(12, slots=slots)
+    alone = TinyModel(13, slots=slots)
     batches = batched(stream(12, classes=12), 6)
     draw(alone, batches, seed=3, max_images=12, init=init, pixels=4)
-    assert alone.memory.initialized.any()
+    assert alone.memory.initialized.sum() == 12 * slots
     processes.run(_draw, world_size, tmp_path, init, slots)
     for rank in range(world_size):
         state = torch.load(tmp_path / f"{world_size}-{rank}.pth")
         torch.testing.assert_close(state["rows"], alone.memory.rows)
         assert torch.equal(state["initialized"], alone.memory.initialized)
+
+
+def watched(model):
+    """The images that the network runs on, each as its first value; grows as it does."""
+    images = []
+    model.register_forward_pre_hook(
+        lambda _, args: images.extend(x["image"][0, 0, 0].item() for x in args[0])
+    )
+    return images
+
+
+@pytest.fixture
+def scenes_with_absent_classes(tmp_path):
+    """The config of five images whose class list has two names more than the labels."""
+    records = DatasetCatalog.get("scenes_train")[:5]
+    metadata = MetadataCatalog.get("scenes_train").as_dict()
+    metadata.pop("name")
+    metadata["stuff_classes"] = [*metadata["stuff_classes"], "unicorn", "griffin"]
+    DatasetCatalog.register("test_absent", lambda: records)
+    MetadataCatalog.get("test_absent").set(**metadata)
+    yield make_tiny_cfg(
+        tmp_path, "DATASETS.TRAIN", "('test_absent',)", "MODEL.SEM_SEG_HEAD.NUM_CLASSES", "18"
+    )
+    DatasetCatalog.remove("test_absent")
+    MetadataCatalog.remove("test_absent")
+
+
+def test_a_class_that_never_occurs_costs_one_look_at_each_image(
+    scenes_with_absent_classes, monkeypatch
+):
+    trainer = Trainer(scenes_with_absent_classes)
+    events, looked = [], []
+    model, memory = trainer.model, trainer.model.sem_seg_head.memory
+    logger = logging.getLogger("mcibi_d2.engine.memory_init")
+    monkeypatch.setattr(logger, "warning", events.append)
+    preprocess, mapped = model.preprocess, SemSegMapper.__call__
+    monkeypatch.setattr(model, "preprocess", lambda x: (events.append(len(x)), preprocess(x))[1])
+    monkeypatch.setattr(
+        SemSegMapper,
+        "__call__",
+        lambda self, x: (looked.append(x["file_name"]), mapped(self, x))[1],
+    )
+    hook = next(hook for hook in trainer._hooks if isinstance(hook, MemoryInitHook))
+    hook.trainer = trainer
+    hook.before_train()
+    # Batches of two, so that the last one has an image of the next pass.
+    assert len(set(looked[:5])) == 5 and len(looked) == 6
+    message, *batches = events  # what is missing is said before the network runs
+    assert "16 (unicorn): 0, 17 (griffin): 0" in message
+    assert 0 < sum(batches) <= 5
+    assert not memory.initialized[16:].any() and memory.initialized.sum() > 8
+
+
+@pytest.mark.parametrize("named", ["file_name", "position"])
+def test_an_endless_loader_of_another_make_ends_with_its_set(named):
+    samples = stream(7)
+    for number, sample in enumerate(samples):
+        sample["image"][0, 0, 0] = number
+        sample["file_name"] = f"{number}.png"
+        del sample[{"file_name": "position", "position": "file_name"}[named]]
+    batches = itertools.cycle(batched(samples, 2))
+    model = TinyModel(4)  # of which the last one never occurs
+    images = watched(model)
+    draw(model, batches, seed=0, max_images=10**9)
+    assert model.memory.initialized.tolist() == [True, True, True, False]
+    assert 0 < len(images) == len(set(images)) <= 3
+
+
+def test_the_network_runs_on_the_images_of_the_drawn_pixels_alone():
+    samples = stream(40)
+    for number, sample in enumerate(samples):
+        sample["image"][0, 0, 0] = number
+        sample["sem_seg"][:] = torch.where(sample["sem_seg"] == 2, 255, sample["sem_seg"])
+    samples[-1]["sem_seg"][0, 0] = 2
+    model = TinyModel(3)
+    images = watched(model)
+    draw(model, batched(samples, 4), seed=0, max_images=100)
+    assert model.memory.initialized.all()
+    assert 39 in images and len(images) <= 3
+
+
+@pytest.mark.parametrize("init", ["random_pixel", "clustering"])
+def test_no_more_than_some_images_wait_for_the_network(monkeypatch, init):
+    if init == "clustering":
+        pytest.importorskip("sklearn")
+    rows = []
+    for held in (2**28, 0):
+        monkeypatch.setattr(memory_init, "HELD_BYTES", held)
+        model = TinyModel(4, slots=2)
+        draw(model, batched(stream(9), 2), seed=1, max_images=100, init=init, pixels=7)
+        rows.append(model.memory.rows)
+    assert torch.equal(*rows) and rows[0].any()
+
+
+def test_windows_at_test_time_have_no_part_in_the_draw(tmp_path):
+    rows = []
+    for inference in ("whole", "slide"):
+        torch.manual_seed(0)
+        options = ["TEST.INFERENCE", inference, "TEST.SLIDE.WINDOW", "[33, 33]"]
+        cfg = make_tiny_cfg(tmp_path, *options, "TEST.SLIDE.STRIDE", "[33, 33]")
+        trainer = Trainer(cfg)
+        draw(trainer.model, trainer.data_loader, seed=0, max_images=4)
+        rows.append(trainer.model.sem_seg_head.memory.rows)
+    assert torch.equal(*rows) and rows[0].any()
 
 
 def test_clustering_with_one_slot_is_the_centre_of_the_directions():

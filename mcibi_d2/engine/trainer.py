@@ -216,6 +216,7 @@ class Trainer(DefaultTrainer):
             evaluation = next(i for i, h in enumerate(built) if isinstance(h, hooks.EvalHook))
             built.insert(evaluation + 1, hooks.EvalHook(0, self._evaluate_with_tta))
         if find_memories(self.model):
+            class_names = MetadataCatalog.get(cfg.DATASETS.TRAIN[0]).get("stuff_classes", ())
             # Before the hook that steps the learning rate and before the checkpoint.
             update = MemoryUpdateHook(
                 memory.MOMENTUM,
@@ -223,7 +224,7 @@ class Trainer(DefaultTrainer):
                 memory.MOMENTUM_SCHEDULE,
                 cfg.MODEL.MCIBI.LOSS_START_M,
                 self._flush_periods,
-                MetadataCatalog.get(cfg.DATASETS.TRAIN[0]).get("stuff_classes", ()),
+                class_names,
             )
             initialize = MemoryInitHook(
                 memory.INIT,
@@ -231,6 +232,7 @@ class Trainer(DefaultTrainer):
                 memory.INIT_MAX_IMAGES,
                 memory.INIT_PIXELS,
                 memory.INIT_FILE,
+                class_names,
             )
             built[1:1] = [initialize, update]
         if comm.get_world_size() > 1:
