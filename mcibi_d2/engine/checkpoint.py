@@ -4,14 +4,15 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import IO
+from urllib.parse import parse_qs, urlparse
 
 import numpy as np
-import safetensors.torch
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from torch import nn
 
 from ..errors import InputError
+from ..files import read_data
 
 # Where timm's own keys are found in our models.
 _TIMM_PREFIX = "backbone.net."
@@ -92,30 +93,50 @@ class Checkpointer(DetectionCheckpointer):
         return self.load(path, checkpointables=[], strict=strict)
 
     def _load_file(self, filename: str) -> dict:
-        try:
-            if filename.endswith(".safetensors"):  # the files of timm's hub
-                loaded = {"model": safetensors.torch.load_file(filename)}
-            else:
-                loaded = super()._load_file(filename)
-        except Exception as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else ""
-            raise InputError(
-                f"{filename}: cannot be read as a checkpoint "
-                f"({type(error).__name__}: {reason[:120]})"
-            ) from error
-        if "state_dict" in loaded.get("model", {}):  # as timm's own training writes them
+        loaded = read_data(filename, "a checkpoint")
+        if not isinstance(loaded, dict):
+            loaded = {}
+        query = parse_qs(urlparse(self._path).query)
+        if query.pop("matching_heuristics", None) == ["True"]:  # Detectron2's own query
+            loaded = {**_with_model(loaded), "matching_heuristics": True}
+        if query:
+            raise InputError(f"{self._path}: ?{', '.join(query)} is not known")
+        if "blobs" in loaded or (filename.endswith(".pkl") and _all_arrays(loaded)):
+            # As Detectron2 takes them: Caffe2's, of Detectron 1 and of ImageNet.
+            blobs = {
+                name: value
+                for name, value in dict(loaded.get("blobs", loaded)).items()
+                if not name.endswith("_momentum")
+            }
+            loaded = {"model": blobs, "__author__": "Caffe2", "matching_heuristics": True}
+        elif "model_state" in loaded:  # of pycls
+            loaded = {
+                "model": loaded["model_state"], "__author__": "pycls", "matching_heuristics": True
+            }  # fmt: skip
+        loaded = _with_model(loaded)
+        if (
+            isinstance(loaded["model"], dict) and "state_dict" in loaded["model"]
+        ):  # as timm's own training writes them
             loaded["model"] = loaded["model"]["state_dict"]
         state = loaded.get("model")
         if (
             not isinstance(state, dict)
             or not state
-            or not all(isinstance(v, torch.Tensor | np.ndarray) for v in state.values())
+            or not all(
+                isinstance(k, str) and isinstance(v, torch.Tensor | np.ndarray)
+                for k, v in state.items()
+            )
         ):
             raise InputError(
                 f"{filename}: holds no state dict, expected a checkpoint of this project, "
                 f"of timm, or of Detectron2"
             )
-        state = {key.removeprefix("module."): value for key, value in state.items()}
+        state = {
+            key.removeprefix("module."): value
+            if torch.is_tensor(value)
+            else self._tensor(key, value)
+            for key, value in state.items()
+        }
         own = tuple(f"{name}." for name, _ in self.model.named_children())
         timm_names = {
             key[len(_TIMM_PREFIX) :]
@@ -126,6 +147,16 @@ class Checkpointer(DetectionCheckpointer):
             state = {_TIMM_PREFIX + key: value for key, value in state.items()}
         loaded["model"] = state
         return loaded
+
+    def _tensor(self, name: str, array: torch.Tensor | np.ndarray) -> torch.Tensor:
+        if torch.is_tensor(array):
+            return array
+        try:
+            return torch.from_numpy(array.astype(array.dtype.newbyteorder("="), copy=False))
+        except TypeError as error:
+            raise InputError(
+                f"{self._path}: {name} is of type {array.dtype}, expected numbers"
+            ) from error
 
     def _load_model(self, checkpoint: dict):
         incompatible = super()._load_model(checkpoint)
@@ -162,6 +193,15 @@ class Checkpointer(DetectionCheckpointer):
                 f"{_some(wrong, 20)}"
             )
         return incompatible
+
+
+def _with_model(loaded: dict) -> dict:
+    """A bare state dict under the key that all others have it under."""
+    return loaded if "model" in loaded else {"model": loaded}
+
+
+def _all_arrays(loaded: dict) -> bool:
+    return bool(loaded) and all(isinstance(value, np.ndarray) for value in loaded.values())
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 import itertools
 import logging
 import math
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
@@ -18,6 +17,7 @@ from tqdm import tqdm
 
 from ..data.loader import TrainingStream
 from ..errors import InputError
+from ..files import read_data
 from ..modeling import FeatureMemory, MCIBIHead, MCIBISegmentor
 from ..modeling.memory import interpolate_pixels
 
@@ -475,16 +475,11 @@ def read_rows(path: str, memory: FeatureMemory) -> tuple[Tensor, Tensor]:
     if not PathManager.isfile(path):
         raise InputError(f"{key}: no such file, expected the rows of the memory")
     try:
-        local = PathManager.get_local_path(path)
-        if os.path.splitext(path)[1] == ".npy":
-            loaded = torch.from_numpy(np.load(local, allow_pickle=False))
-        else:
-            loaded = torch.load(local, map_location="cpu", weights_only=True)
-    except Exception as error:
-        reason = (str(error).strip().splitlines() or [""])[0]
-        raise InputError(
-            f"{key}: cannot be read as .npy or .pth ({type(error).__name__}: {reason[:120]})"
-        ) from error
+        loaded = read_data(PathManager.get_local_path(path), ".npy or .pth")
+    except InputError as error:
+        raise InputError(f"MODEL.MCIBI.MEMORY.INIT_FILE: {error}") from error
+    if isinstance(loaded, np.ndarray) and loaded.dtype.kind == "f":
+        loaded = torch.from_numpy(loaded.astype(np.float32))
     expected = tuple(memory.rows.shape)
     found = None
     if isinstance(loaded, dict):
@@ -503,6 +498,8 @@ def read_rows(path: str, memory: FeatureMemory) -> tuple[Tensor, Tensor]:
     by_class = (memory.num_classes, memory.slots, memory.channels)
     if not torch.is_tensor(loaded) or tuple(loaded.shape) not in (expected, by_class):
         shape = tuple(loaded.shape) if torch.is_tensor(loaded) else type(loaded).__name__
+        if isinstance(loaded, np.ndarray):
+            raise InputError(f"{key}: numbers of type {loaded.dtype}, expected floating point")
         raise InputError(f"{key}: {shape}, expected rows of shape {expected} or {by_class}")
     if not loaded.is_floating_point():
         raise InputError(f"{key}: numbers of type {loaded.dtype}, expected floating point")

@@ -8,6 +8,7 @@ import os
 import tempfile
 
 import torch
+import yaml
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY, SEM_SEG_HEADS_REGISTRY
@@ -58,7 +59,8 @@ def load_config(config_file: str = "", options: list[str] | None = None) -> CfgN
         if not os.path.isfile(config_file):
             raise InputError(f"--config-file {config_file}: no such file")
         try:
-            cfg.merge_from_file(config_file)
+            # Detectron2's own default lets a file run code.
+            cfg.merge_from_file(config_file, allow_unsafe=False)
         except Exception as error:
             raise InputError(f"{config_file}: {_explain(error, known)}") from error
     try:
@@ -82,6 +84,12 @@ def _explain(error: Exception, known: list[str]) -> str:
     """One line of a yacs or YAML error, with the key that may have been meant."""
     if isinstance(error, OSError):
         return f"{error.filename}: {error.strerror}"
+    if isinstance(error, yaml.constructor.ConstructorError):
+        place = error.problem_mark
+        return (
+            f"{place.name}, line {place.line + 1}: {error.problem}; expected plain YAML, for code "
+            f"in files is never run"
+        )
     text = " ".join(str(error.args[0] if error.args else error).split())
     key = text.rsplit(":", 1)[-1].strip().strip("'\"")
     if "Non-existent" not in text and "non-existent" not in text:
@@ -157,6 +165,11 @@ def check_config(
     ):
         if value not in allowed:
             raise InputError(f"{key} is {value!r}, expected one of {', '.join(map(str, allowed))}")
+    if cfg.MODEL.LOAD_PROPOSALS:
+        raise InputError(
+            "MODEL.LOAD_PROPOSALS is True, expected False: segmentation has no proposals, and the "
+            "files of them could run code"
+        )
     for key in ("IMS_PER_BATCH", "MAX_ITER"):
         if cfg.SOLVER[key] < 1:
             raise InputError(f"SOLVER.{key} is {cfg.SOLVER[key]}, expected at least 1")

@@ -10,7 +10,11 @@ from collections import OrderedDict
 from collections.abc import Iterator
 
 import torch
-from detectron2.data import MetadataCatalog, build_detection_test_loader
+from detectron2.data import (
+    MetadataCatalog,
+    build_detection_test_loader,
+    get_detection_dataset_dicts,
+)
 from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, hooks
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.solver import LRMultiplier, WarmupParamScheduler
@@ -256,7 +260,12 @@ class Trainer(DefaultTrainer):
     @classmethod
     def build_test_loader(cls, cfg, dataset_name: str):
         """Images only, one at a time: the evaluator reads the labels."""
-        return build_detection_test_loader(cfg, dataset_name, mapper=SemSegMapper(cfg, False))
+        # Not from the config, with which Detectron2 may read pickles (MODEL.LOAD_PROPOSALS).
+        return build_detection_test_loader(
+            get_detection_dataset_dicts(dataset_name, filter_empty=False),
+            mapper=SemSegMapper(cfg, False),
+            num_workers=cfg.DATALOADER.NUM_WORKERS,
+        )
 
     @classmethod
     def build_evaluator(

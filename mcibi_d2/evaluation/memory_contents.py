@@ -9,6 +9,7 @@ from detectron2.structures import ImageList
 from torch import Tensor, nn
 
 from ..errors import InputError
+from ..files import read_data
 from ..modeling import FeatureMemory
 
 
@@ -39,13 +40,7 @@ class MemoryContents:
         Raises:
             InputError: the file cannot be read, or holds no checkpoint.
         """
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:
-            reason = (str(error).strip().splitlines() or [""])[0]
-            raise InputError(
-                f"{path}: cannot be read as a checkpoint ({type(error).__name__}: {reason[:120]})"
-            ) from error
+        state = read_data(path, "a checkpoint")
         if isinstance(state, dict) and isinstance(state.get("model"), dict):
             state = state["model"]
         if not isinstance(state, dict):
@@ -54,13 +49,15 @@ class MemoryContents:
         if not names:
             return None
         prefix = names[0].removesuffix("memory.rows")
+        if not torch.is_tensor(state[names[0]]):
+            raise InputError(f"{path}: its {names[0]} is no tensor, expected a checkpoint")
         rows = state[names[0]].float()
         initialized = state.get(f"{prefix}memory.initialized")
         if initialized is None:
             initialized = rows.any(dim=1)
         # H2's last bias has one number for each class.
         biases = [
-            v for k, v in state.items() if k.startswith(f"{prefix}h2.") and k.endswith("bias")
+            v for k, v in state.items() if f"{k}".startswith(f"{prefix}h2.") and k.endswith("bias")
         ]
         num_classes = len(biases[-1]) if biases else len(rows)
         if len(initialized) != len(rows) or len(rows) % num_classes:

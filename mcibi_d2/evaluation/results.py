@@ -4,7 +4,6 @@ import json
 import math
 import os
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from detectron2.utils.file_io import PathManager
 from tabulate import tabulate
 
 from ..errors import InputError
+from ..files import read_data
 
 FILE_NAME = "sem_seg_evaluation"
 MEASURES = ("mIoU", "mIoU-union", "fwIoU", "mACC", "pACC", "mBoundaryIoU")
@@ -190,11 +190,12 @@ def read_results(path: str) -> Results:
                 list(found["errors"]),
             )
         else:
-            with _numpy_scalars():
-                values = torch.load(file, map_location="cpu", weights_only=True)
+            values = read_data(str(file), "the result file of an evaluation")
             values = {str(k): float(v) for k, v in values.items()}
             names = [k.removeprefix("IoU-") for k in values if k.startswith("IoU-")]
             results = Results(values, names)
+    except InputError:
+        raise
     except Exception as error:
         raise InputError(
             f"{file}: cannot be read as the result file of an evaluation "
@@ -207,11 +208,3 @@ def read_results(path: str) -> Results:
             if key not in results.values:
                 raise InputError(f"{file}: has no {key}, expected it for each class")
     return results
-
-
-def _numpy_scalars():
-    """Lets torch read the numbers in Detectron2's own files, and nothing else."""
-    if not hasattr(torch.serialization, "safe_globals"):  # torch < 2.5
-        return nullcontext()
-    scalar = np.float64(0).__reduce__()[0]
-    return torch.serialization.safe_globals([scalar, np.dtype, type(np.dtype(np.float64))])

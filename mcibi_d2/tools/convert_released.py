@@ -5,7 +5,6 @@ The configs of the 18 models, and what their files are called: configs/released/
 
 import argparse
 import os
-import re
 import sys
 from collections import Counter
 
@@ -16,23 +15,14 @@ from mcibi_d2 import InputError
 from mcibi_d2.convert import Fate, convert
 from mcibi_d2.engine import load_config
 from mcibi_d2.engine.checkpoint import replacing
+from mcibi_d2.files import read_data
 
 
 def read(path: str) -> object:
     """What a file of tensors holds; code in it is never run."""
     if not os.path.isfile(path):
         raise InputError(f"--input {path}: no such file, expected a released checkpoint")
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        # What it was that is no tensor, PyTorch says in the middle of a long text.
-        text = str(error).rpartition("WeightsUnpickler error:")[2]
-        lines = re.sub(r"(?s)^Weights only load failed.*?\n\n", "", text).strip().splitlines()
-        reason = lines[0][:120].strip() if lines else "no reason given"
-        raise InputError(
-            f"{path}: cannot be read as a checkpoint that holds tensors alone "
-            f"({type(error).__name__}: {reason})"
-        ) from error
+    return read_data(path, "a checkpoint that holds tensors alone")
 
 
 def _part(name: str) -> str:
