@@ -137,7 +137,8 @@ def add_mcibi_config(cfg: CN) -> None:
     # after a vision transformer's blocks, which are as new as the head.
     cfg.SOLVER.HEAD_LR_FACTOR = 1.0
     # SOLVER.LR_SCHEDULER_NAME WarmupPolyLR: (1 - iteration / MAX_ITER) ** POWER, and never below
-    # CONSTANT_ENDING, as a share of BASE_LR.
+    # CONSTANT_ENDING, as a share of BASE_LR. Detectron2's DefaultTrainer knows that name if its
+    # build_lr_scheduler is overridden with mcibi_d2.engine.build_lr_scheduler (README.md).
     cfg.SOLVER.POLY_LR_POWER = 0.9
     cfg.SOLVER.POLY_LR_CONSTANT_ENDING = 0.0
     # Of SOLVER.AMP.ENABLED: float16 (with a gradient scaler) or bfloat16.

@@ -8,13 +8,14 @@ import processes
 import pytest
 import torch
 from conftest import make_tiny_cfg
-from detectron2.engine import hooks
+from detectron2.engine import DefaultTrainer, SimpleTrainer, hooks
 from detectron2.utils.events import EventStorage
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mcibi_d2 import InputError
-from mcibi_d2.engine import MemoryInitHook, MemoryUpdateHook, Trainer
+from mcibi_d2.data import build_train_loader
+from mcibi_d2.engine import MemoryInitHook, MemoryUpdateHook, Trainer, build_lr_scheduler
 from mcibi_d2.engine.memory_hooks import poly_momentum
 from mcibi_d2.modeling import FeatureMemory
 
@@ -242,6 +243,107 @@ def test_trains_in_detectron2s_own_segmentor(tmp_path):
     trainer = Trainer(cfg)
     trainer.train()
     assert trainer.model.sem_seg_head.memory.initialized.all()
+
+
+def other_trainer(tmp_path, kind, hooks_):
+    """A trainer of Detectron2's own, with hooks, that has trained two iterations; its model."""
+    cfg = make_tiny_cfg(tmp_path, "SOLVER.MAX_ITER", "2", "SEED", "1")
+    torch.manual_seed(0)
+    if kind == "DefaultTrainer":
+
+        class Other(DefaultTrainer):
+            build_train_loader = staticmethod(build_train_loader)
+            build_lr_scheduler = staticmethod(build_lr_scheduler)
+
+            def build_hooks(self):
+                return [*hooks_, *super().build_hooks()]
+
+        trainer = Other(cfg)
+        # Of the paper's schedule.
+        assert (
+            trainer.scheduler.get_last_lr()[0] > 0
+            and cfg.SOLVER.LR_SCHEDULER_NAME == "WarmupPolyLR"
+        )
+        trainer.train()
+        return trainer.model
+    model = Trainer.build_model(cfg)
+    wrapped = torch.compile(model, backend="eager", disable=True) if kind == "wrapped" else model
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    trainer = SimpleTrainer(wrapped, build_train_loader(cfg), optimizer)
+    trainer.register_hooks(hooks_)
+    trainer.train(0, 2)
+    return model
+
+
+@pytest.mark.parametrize("kind", ["DefaultTrainer", "SimpleTrainer", "wrapped"])
+def test_the_hooks_work_in_detectron2s_trainers(tmp_path, kind):
+    model = other_trainer(tmp_path, kind, [MemoryInitHook(seed=1), MemoryUpdateHook()])
+    trainer = Trainer(make_tiny_cfg(tmp_path, "SEED", "1"))
+    hook = MemoryInitHook(seed=1)
+    hook.trainer = trainer
+    hook.before_train()
+    memory, drawn = model.sem_seg_head.memory, trainer.model.sem_seg_head.memory
+    assert memory.initialized.sum() >= drawn.initialized.sum() > 8
+    assert memory._waiting == 0 and memory.rows.isfinite().all()
+
+
+def messages(caplog):
+    return [record.getMessage() for record in caplog.records]
+
+
+def test_batches_that_are_never_committed_are_said_once(caplog, monkeypatch):
+    batch = torch.rand(1, 3, 2, 2), torch.zeros(1, 4, 4).long()
+    memory = FeatureMemory(2, 3)
+    for _ in range(3):  # gradients of 16 batches at a time
+        for _ in range(16):
+            memory.observe(*batch)
+        memory.commit(0.5)
+    assert messages(caplog) == []
+    for _ in range(100):
+        memory.observe(*batch)
+    (message,) = messages(caplog)
+    assert "none was committed" in message and "mcibi_d2.engine.MemoryUpdateHook" in message
+    caplog.clear()
+    for update in ("zero", "random"):
+        memory = FeatureMemory(2, 3, update=update)
+        for _ in range(100):
+            memory.observe(*batch)
+    assert messages(caplog) == []
+
+
+def test_an_evaluation_without_a_single_row_says_so(tmp_path, caplog, monkeypatch):
+    options = ["MODEL.MCIBI.AGGREGATION", "none"]
+    images = [{"image": torch.zeros(3, 33, 33)}]
+    for extra, expected in (
+        ([], 1),
+        (options, 1),
+        (["MODEL.MCIBI.MEMORY.UPDATE", "zero"], 0),
+        (["MODEL.MCIBI.MEMORY.UPDATE", "random"], 0),
+        (["MODEL.MCIBI.ENABLED", "False"], 0),
+    ):
+        model = Trainer.build_model(make_tiny_cfg(tmp_path, *extra)).eval()
+        caplog.clear()
+        for _ in range(3):
+            model(images)
+            model.load_state_dict(model.state_dict())
+        found = [text for text in messages(caplog) if "was never initialised" in text]
+        assert len(found) == expected, extra
+    # With a row there is nothing to say, and the device is asked once.
+    model = Trainer.build_model(make_tiny_cfg(tmp_path)).eval()
+    memory = model.sem_seg_head.memory
+    memory.initialize(torch.rand(16, 16), torch.arange(16) == 3)
+    caplog.clear()
+    model(images)
+    asked = []
+    monkeypatch.setattr(torch.Tensor, "__bool__", lambda self: asked.append(1) or True)
+    memory.warn_if_empty()
+    assert messages(caplog) == asked == []
+
+
+def test_the_first_draw_says_nothing_of_an_empty_memory(tmp_path, caplog, monkeypatch):
+    cfg = make_tiny_cfg(tmp_path, "MODEL.META_ARCHITECTURE", "SemanticSegmentor")
+    Trainer(cfg).train()
+    assert not [text for text in messages(caplog) if "never initialised" in text]
 
 
 def test_precise_bn_leaves_the_memory_alone(tmp_path):

@@ -4,6 +4,7 @@ from .checkpoint import Checkpointer
 from .launch import launch
 from .memory_hooks import MemoryUpdateHook
 from .memory_init import MemoryInitHook
+from .schedule import build_lr_scheduler
 from .setup import load_config, setup
 from .trainer import Trainer
 
@@ -12,6 +13,7 @@ __all__ = [
     "MemoryInitHook",
     "MemoryUpdateHook",
     "Trainer",
+    "build_lr_scheduler",
     "launch",
     "load_config",
     "setup",

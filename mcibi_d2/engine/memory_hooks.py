@@ -19,6 +19,15 @@ def find_memories(model: nn.Module) -> list[FeatureMemory]:
     return [m for m in model.modules() if isinstance(m, FeatureMemory)]
 
 
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model itself, out of DDP, ``torch.compile`` or another wrapper that calls it so."""
+    while True:
+        inner = getattr(model, "module", getattr(model, "_orig_mod", None))
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
+
+
 def poly_momentum(iteration: int, max_iter: int, momentum: float, power: float) -> float:
     """m_t of Eq. 7: from m_0 down to m_0 / 100.
 
@@ -38,9 +47,9 @@ SCHEDULES = ("poly", "constant", "lr")
 class MemoryUpdateHook(HookBase):
     """Commit the observed features after every step (Eq. 6), with the momentum of Eq. 7.
 
-    It must run on every process, after the optimiser's step and before the hook that changes the
-    learning rate and the one that writes checkpoints: second in the list, after
-    ``IterationTimer``.
+    It is for any trainer of Detectron2, not ours alone. It must run on every process, after the
+    optimiser's step and before the hook that changes the learning rate and the one that writes
+    checkpoints: before all hooks of ``DefaultTrainer.build_hooks``, but ``IterationTimer``.
 
     Nothing is read from the device in between, but when a period is over it is, once: a class with
     a feature that was not finite stops the run, and these go to the event storage (TensorBoard,

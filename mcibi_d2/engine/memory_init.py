@@ -20,6 +20,7 @@ from ..errors import InputError
 from ..files import read_data
 from ..modeling import FeatureMemory, MCIBIHead, MCIBISegmentor
 from ..modeling.memory import interpolate_pixels
+from .memory_hooks import unwrap
 
 # How rows may start; first_batch_mean is what the memory does by itself.
 INITS = ("random_pixel", "clustering", "first_batch_mean", "file")
@@ -83,8 +84,7 @@ class MemoryInitHook(HookBase):
         """Fill the memory of the trainer's model."""
         if self.trainer.start_iter > 0:
             return
-        model = self.trainer.model
-        model = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+        model = unwrap(self.trainer.model)
         for head in model.modules():
             if not isinstance(head, MCIBIHead) or not head.enabled:
                 continue

@@ -17,15 +17,9 @@ from detectron2.data import (
 )
 from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, hooks
 from detectron2.evaluation import DatasetEvaluator
-from detectron2.solver import LRMultiplier, WarmupParamScheduler
-from detectron2.solver.build import (
-    build_lr_scheduler,
-    get_default_optimizer_params,
-    maybe_add_gradient_clipping,
-)
+from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
-from fvcore.common.param_scheduler import ParamScheduler
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -38,6 +32,7 @@ from .checkpoint import Checkpointer, replacing
 from .memory_hooks import MemoryUpdateHook, find_memories
 from .memory_init import MemoryInitHook
 from .picture_hook import PictureHook
+from .schedule import build_lr_scheduler
 from .setup import check_number_of_classes
 from .train_step import TrainStep
 
@@ -345,18 +340,8 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_lr_scheduler(cls, cfg, optimizer: torch.optim.Optimizer):
-        """``WarmupPolyLR`` as the paper, or any schedule of Detectron2."""
-        solver = cfg.SOLVER
-        if solver.LR_SCHEDULER_NAME != "WarmupPolyLR":
-            return build_lr_scheduler(cfg, optimizer)
-        poly = PolyParamScheduler(solver.POLY_LR_POWER, solver.POLY_LR_CONSTANT_ENDING)
-        warmup = WarmupParamScheduler(
-            poly,
-            solver.WARMUP_FACTOR,
-            min(solver.WARMUP_ITERS / solver.MAX_ITER, 1.0),
-            solver.WARMUP_METHOD,
-        )
-        return LRMultiplier(optimizer, multiplier=warmup, max_iter=solver.MAX_ITER)
+        """See :func:`mcibi_d2.engine.build_lr_scheduler`."""
+        return build_lr_scheduler(cfg, optimizer)
 
 
 @contextlib.contextmanager
@@ -371,23 +356,6 @@ def _labels_only(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.labels_only = before
-
-
-class PolyParamScheduler(ParamScheduler):
-    """(1 - t / T) ** power, and never below a floor (paper, section 4.1).
-
-    Args:
-        power: 0.9 in the paper.
-        floor: the smallest value.
-    """
-
-    def __init__(self, power: float, floor: float = 0.0):
-        self.power = power
-        self.floor = floor
-
-    def __call__(self, where: float) -> float:
-        """The multiplier at a share 0 <= where < 1 of the training."""
-        return max((1 - where) ** self.power, self.floor)
 
 
 class KeepBest(HookBase):

@@ -333,6 +333,8 @@ class MCIBIHead(nn.Module):
                 augmented = self.within_fuse(self.within_attention(pixels, within), augmented)
             logits = self.h2(augmented)
         if not self.training:
+            if self.enabled:
+                self.memory.warn_if_empty()
             return logits, {}
 
         losses["loss_o"] = self.loss_weight * self._pixel_loss(logits, targets)

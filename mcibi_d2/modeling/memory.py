@@ -11,6 +11,8 @@ of all micro-batches and all processes into one update, so that the memory does 
 the global batch is spread.
 """
 
+import logging
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -18,6 +20,9 @@ from torch import Tensor, nn
 # Rows that commit moves; rows that it leaves to others.
 MOVING = ("cosine", "mean")
 UPDATES = (*MOVING, "zero", "random", "learned")
+# Batches that are observed without a commit before that is said: more than gradients are
+# accumulated over.
+MAX_WAITING = 32
 
 
 class FeatureMemory(nn.Module):
@@ -95,6 +100,12 @@ class FeatureMemory(nn.Module):
         self.register_buffer("_sums", torch.zeros(count, channels + 3), persistent=False)
         # (K * S,) bool: rows that the last commit left alone because a pixel was not finite.
         self.register_buffer("rejected", torch.zeros(count, dtype=torch.bool), persistent=False)
+        # Batches that were observed since the last commit.
+        self._waiting = 0
+        # Whether was said, once each, that nothing is committed, and that there are no rows.
+        self._said_waiting = self._said_empty = False
+        # Whether it was looked for rows since the weights were loaded.
+        self._looked = False
         if update == "random":
             self.draw(0)
 
@@ -178,6 +189,15 @@ class FeatureMemory(nn.Module):
                     vacant,
                     weighted=self.update == "cosine",
                 )
+        if not torch.compiler.is_compiling():
+            self._waiting += 1
+            if self._waiting > MAX_WAITING and not self._said_waiting:
+                self._said_waiting = True
+                logging.getLogger(__name__).warning(
+                    f"The feature memory has observed {self._waiting} batches, and none was "
+                    f"committed: its rows never change. Register mcibi_d2.engine.MemoryUpdateHook "
+                    f"with the trainer, or call commit() after the optimiser's step."
+                )
 
     @torch.no_grad()
     def commit(self, momentum: float) -> None:
@@ -190,6 +210,7 @@ class FeatureMemory(nn.Module):
         Args:
             momentum: m of Eq. 6, 0..1; the share of the new representation.
         """
+        self._waiting = 0
         if self.update in ("zero", "random"):
             return
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
@@ -239,6 +260,27 @@ class FeatureMemory(nn.Module):
         self.rows.copy_(rows)
         self.initialized.fill_(True)
 
+    def warn_if_empty(self) -> None:
+        """Say once that no row was ever initialised; for what is not training.
+
+        It asks the device at the first call after the weights were loaded, and not again.
+        """
+        if self._looked or self.update == "zero" or self.initialized.is_meta:
+            return
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return
+        if self.initialized.is_cuda and torch.cuda.is_current_stream_capturing():
+            return
+        self._looked = True
+        if not self._said_empty and not self.initialized.any():
+            self._said_empty = True
+            logging.getLogger(__name__).warning(
+                "The feature memory of this model was never initialised: all of its rows are zero, "
+                "and what is predicted makes no use of it. Was it trained without "
+                "mcibi_d2.engine.MemoryInitHook and MemoryUpdateHook, or are its weights not "
+                "loaded?"
+            )
+
     @torch.no_grad()
     def health(self) -> dict[str, Tensor]:
         """How the memory is doing, as scalars on its device.
@@ -265,6 +307,7 @@ class FeatureMemory(nn.Module):
         # Flags without their rows (left out for another shape) would declare zeros initialised.
         if f"{prefix}rows" not in state_dict:
             state_dict.pop(f"{prefix}initialized", None)
+        self._looked = False
         super()._load_from_state_dict(state_dict, prefix, *args)
         if self.update == "zero":
             self.rows.zero_()
