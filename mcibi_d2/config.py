@@ -179,13 +179,17 @@ def add_mcibi_config(cfg: CN) -> None:
     cfg.DATASETS.OWN = CN()
     # Registered as <NAME>_train and <NAME>_val; "" for none.
     cfg.DATASETS.OWN.NAME = ""
-    # [folder of images, folder of labels with the same names] or [list or manifest]. A list has an
-    # image and its label on each line, a manifest (.json, .yaml) is a list of {image, label}; their
-    # paths are relative to the file itself.
+    # [folder of images, folder of labels with the same names], [folder of both], or [list or
+    # manifest]. A list has an image and its label on each line, a manifest (.json, .yaml, JSON
+    # lines) is a list of {image, label}; their paths are relative to the file itself.
     cfg.DATASETS.OWN.TRAIN = []
     # As TRAIN. [] with a VAL_SHARE: that share of TRAIN, chosen by the images' names.
     cfg.DATASETS.OWN.VAL = []
     cfg.DATASETS.OWN.VAL_SHARE = 0.0
+    # Of folders: what names of images, and of their labels, end in beside what a pair shares, such
+    # as _leftImg8bit and _mask; with the ending (.png) where that alone tells labels from images.
+    cfg.DATASETS.OWN.IMAGE_SUFFIX = ""
+    cfg.DATASETS.OWN.LABEL_SUFFIX = ""
     # Images that are left out, each as its path below the folder of images or as its list names it.
     cfg.DATASETS.OWN.EXCLUDED = []
     # Name of each class.

@@ -483,10 +483,10 @@ def test_folders_that_cannot_be_used(tmp_path, argv):
     refused(r"images: a folder of images, expected LABELS beside it", images)
     labels.mkdir()
     refused(r"labels: holds no image \(\.png", images, labels)
-    Image.fromarray(np.zeros(SIZE, np.uint8)).save(labels / "0_mask.png")
-    refused(r"no label has the name.*labels are named as 0_mask\.png, images as 0\.jpg.*a list",
+    Image.fromarray(np.zeros(SIZE, np.uint8)).save(labels / "other.png")
+    refused(r"no label has the name.*labels are named as other\.png, images as 0\.jpg.*a list",
             images, labels)  # fmt: skip
-    (labels / "0_mask.png").unlink()
+    (labels / "other.png").unlink()
     write_labels(labels, [3])
     refused("the labels hold one class, 3, expected two", images, labels)
     write_images(images, ["0.png"])
@@ -596,3 +596,25 @@ def test_bad_first_file_can_be_skipped(tmp_path):
     check_config(cfg)
     batch = next(iter(Trainer.build_train_loader(cfg)))
     assert {x["file_name"] for x in batch} == {str(tmp_path / "images/1.jpg")}
+
+
+@pytest.mark.parametrize("one", [True, False], ids=["one folder", "two folders"])
+def test_found_suffix_is_said_and_written_and_trained_with(one, tmp_path, argv, capsys):
+    folders = [tmp_path / "x"] if one else [tmp_path / "x", tmp_path / "y"]
+    write_images(folders[0])
+    write_labels(folders[-1], [0, 1, 2])
+    for i in range(COUNT):
+        (folders[-1] / f"{i}.png").rename(folders[-1] / f"{i}_mask.png")
+    output = ("--output", tmp_path / "mine.yaml", "--base", TINY)
+    init(*folders, *output)
+    assert "Names of labels end in _mask" in capsys.readouterr().out
+    assert load_config(str(tmp_path / "mine.yaml")).DATASETS.OWN.LABEL_SUFFIX == "_mask"
+    records = [r for s in ("train", "val") for r in DatasetCatalog.get(f"mine_{s}")]
+    assert sorted((r["file_name"], r["sem_seg_file_name"]) for r in records) == [
+        (str(folders[0] / f"{i}.jpg"), str(folders[-1] / f"{i}_mask.png")) for i in range(COUNT)
+    ]
+    before = (tmp_path / "mine.yaml").read_text()
+    init(*folders, *output, "--force", "--label-suffix", "_mask")
+    assert (tmp_path / "mine.yaml").read_text() == before
+    with pytest.raises(SystemExit, match="labels end in '_gt'"):
+        init(*folders, *output, "--force", "--label-suffix", "_gt")

@@ -17,9 +17,10 @@ from detectron2.utils.file_io import PathManager
 
 from ..errors import InputError
 from . import scenes
+from .files import IMAGE_SUFFIXES, same_file
+from .lists import read_list
 
 IGNORE_LABEL = 255
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 
 
 def data_root() -> Path:
@@ -162,7 +163,7 @@ def camvid(lists: tuple[str, ...]) -> SplitFiles:
     for name in lists:
         if not (root / name).is_file():
             raise _missing("list file", (f"CamVid/{name}",))
-        for paths in listed_lines(root / name):
+        for paths in read_list(root / name):
             image, label = (root.joinpath(*Path(path).parts[-2:]) for path in paths)
             key = f"{label.parent.name}/{label.stem}"
             if not image.is_file():
@@ -176,25 +177,6 @@ def camvid(lists: tuple[str, ...]) -> SplitFiles:
     return SplitFiles(
         images, labels, absent, " and ".join(str(root / name) for name in lists), str(root)
     )
-
-
-def listed_lines(path: Path) -> list[list[str]]:
-    """The lines of a list file: an image and its label, with a tab or blanks between them."""
-    try:
-        # Some editors begin a file with a mark, which is no part of the first name.
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: cannot be read as a list of text ({error})") from error
-    entries = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        # Names with blanks need the tab.
-        entry = [part.strip() for part in line.split("\t")] if "\t" in line else line.split()
-        if len(entry) != 2:
-            raise InputError(f"{path}: line {number} is {line!r}, expected an image and a label")
-        entries.append(entry)
-    return entries
 
 
 def _generated(split: str) -> SplitFiles:
@@ -406,10 +388,19 @@ def load_records(name: str) -> list[dict]:
     """The records of any registered data set.
 
     Raises:
-        InputError: also where another project's data set raises something else.
+        InputError: also where another project's data set raises something else, and where an image
+            is its own label.
     """
     try:
-        return DatasetCatalog.get(name)
+        records = DatasetCatalog.get(name)
+        for i, record in enumerate(records):
+            # Whether links lead to one file is seen where the files are read (`SemSegMapper`).
+            image, label = record["file_name"], record.get("sem_seg_file_name")
+            if image == label or (i == 0 and label and same_file(image, label)):
+                raise InputError(
+                    f"{image}: is its own label in {name}, expected a label file beside each image"
+                )
+        return records
     except InputError:
         raise
     except Exception as error:

@@ -12,6 +12,7 @@ from PIL import ExifTags, Image, ImageOps
 
 from ..errors import InputError
 from .augmentation import SemSegInput, build_test_augmentation, build_train_augmentation
+from .files import same_file
 from .labels import read_labels
 from .own import register_own_dataset
 
@@ -134,6 +135,11 @@ class SemSegMapper:
         """
         record = copy.copy(record)
         label_file = record.pop("sem_seg_file_name", None)
+        if label_file is not None and same_file(record["file_name"], label_file):
+            raise InputError(
+                f"{record['file_name']}: is its own label ({label_file} is the same file), "
+                f"expected a label file beside each image"
+            )
         image = read_image(record["file_name"], self.image_format, label_file)
         record["height"], record["width"] = image.shape[:2]
         if not self.is_train:

@@ -2,35 +2,18 @@
 
 import colorsys
 import hashlib
-import json
 import logging
-import os
-from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
-from typing import NamedTuple
 
-import yaml
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.logger import log_first_n
 
 from ..errors import InputError
-from .datasets import data_root, listed_lines
-
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
-MANIFESTS = (".json", ".yaml", ".yml")
+from .pairs import FoundPairs, find_pairs
 
 # What this module has registered, and may therefore replace, with its ``DATASETS.OWN``.
 _registered: dict[str, CfgNode] = {}
-
-
-class Pair(NamedTuple):
-    """An image, its label file, and the name that ``EXCLUDED`` and the held-out share know."""
-
-    name: str
-    image: Path
-    label: Path
 
 
 def register_own_dataset(cfg: CfgNode) -> None:
@@ -98,100 +81,17 @@ def palette(count: int) -> list[list[int]]:
     ]
 
 
-def find_pairs(source: Sequence[str]) -> tuple[list[Pair], list[Path]]:
-    """The pairs of a data set, in order, and the images and labels without a partner.
-
-    Args:
-        source: ``DATASETS.OWN.TRAIN`` or ``VAL``: a folder of images and one of labels, searched
-            with their subfolders, or one list or manifest file.
-
-    Raises:
-        InputError: what is missing, or not as expected, and where.
-    """
-    paths = [data_root() / Path(part).expanduser() for part in source]
-    if len(paths) == 1:
-        return _listed(paths[0]), []
-    images, labels = ({}, {})
-    for folder, found in zip(paths, (images, labels), strict=True):
-        if not folder.is_dir():
-            raise InputError(f"{folder}: no such folder{_where(folder, source)}")
-        for path in sorted(folder.rglob("*")):
-            # Hidden files, such as those that macOS adds to an archive, are no images.
-            if path.suffix.lower() in SUFFIXES and not path.name.startswith("."):
-                key = path.relative_to(folder).with_suffix("").as_posix()
-                if key in found:
-                    raise InputError(
-                        f"{path}: has the name of {found[key].name}, expected one file of a name; "
-                        f"a list of pairs can tell them apart"
-                    )
-                found[key] = path
-        if not found:
-            raise InputError(f"{folder}: holds no image ({', '.join(SUFFIXES)})")
-    both = [key for key in images if key in labels]
-    if not both:
-        raise InputError(
-            f"{paths[1]}: no label has the name of an image: labels are named as "
-            f"{min(labels.values()).name}, images as {min(images.values()).name}; a list of pairs "
-            f"can say which belong together"
-        )
-    pairs = [
-        Pair(images[key].relative_to(paths[0]).as_posix(), images[key], labels[key]) for key in both
-    ]
-    alone = [path for key, path in images.items() if key not in labels]
-    return pairs, alone + [path for key, path in labels.items() if key not in images]
-
-
-def _listed(path: Path) -> list[Pair]:
-    """The pairs of a list or manifest file; their paths are relative to it."""
-    if not path.is_file():
-        kind = "list or manifest; two folders are [images, labels]"
-        raise InputError(f"{path}: no such {kind}{_where(path, [path])}")
-    entries = _manifest(path) if path.suffix.lower() in MANIFESTS else listed_lines(path)
-    if not entries:
-        raise InputError(f"{path}: lists no image")
-    return [
-        Pair(image, path.parent / Path(image).expanduser(), path.parent / Path(label).expanduser())
-        for image, label in entries
-    ]
-
-
-def _manifest(path: Path) -> list[list[str]]:
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-        entries = json.loads(text) if path.suffix.lower() == ".json" else yaml.safe_load(text)
-    except (ValueError, yaml.YAMLError) as error:
-        raise InputError(f"{path}: cannot be read ({' '.join(str(error).split())})") from error
-    if not isinstance(entries, list):
-        raise InputError(
-            f"{path}: holds {type(entries).__name__}, expected a list of {{image, label}}"
-        )
-    for number, entry in enumerate(entries, 1):
-        if not isinstance(entry, dict) or not all(
-            isinstance(entry.get(key), str) for key in ("image", "label")
-        ):
-            raise InputError(f"{path}: entry {number} is {entry!r}, expected {{image, label}}")
-    return [[entry["image"], entry["label"]] for entry in entries]
-
-
-def _where(path: Path, source: Sequence) -> str:
-    """For an error about a path that was looked for below the data sets' folder."""
-    if path.is_absolute() and str(path) in map(str, source):
-        return ""
-    return (
-        f"; paths of DATASETS.OWN are absolute or below DETECTRON2_DATASETS, which is "
-        f"{os.getenv('DETECTRON2_DATASETS', 'not set (so: datasets)')}"
-    )
-
-
-def split_pairs(own: CfgNode, split: str) -> tuple[list[Pair], list[Path]]:
-    """The pairs of ``train`` or ``val``, and the files without a partner.
+def split_pairs(own: CfgNode, split: str) -> FoundPairs:
+    """The pairs of ``train`` or ``val``, and what is left out of their folders.
 
     Where ``VAL_SHARE`` of ``TRAIN`` is held out, it is the images whose names have the smallest
     hashes: the same ones on every machine, and nearly the same ones after images are added.
     """
     held_out = not own.VAL and own.VAL_SHARE > 0
-    pairs, alone = find_pairs(own.VAL if split == "val" and own.VAL else own.TRAIN)
-    pairs = [pair for pair in pairs if pair.name not in set(own.EXCLUDED)]
+    source = own.VAL if split == "val" and own.VAL else own.TRAIN
+    found = find_pairs(source, own.IMAGE_SUFFIX, own.LABEL_SUFFIX)
+    excluded = set(own.EXCLUDED)
+    pairs = [pair for pair in found.pairs if pair.name not in excluded]
     if held_out:
         if len(pairs) < 2:
             raise InputError(
@@ -207,26 +107,33 @@ def split_pairs(own: CfgNode, split: str) -> tuple[list[Pair], list[Path]]:
         pairs = list(dict.fromkeys(pairs))
     if not pairs:
         raise InputError(f"DATASETS.OWN.{split.upper()}: every image is in EXCLUDED")
-    return pairs, alone
+    return found._replace(pairs=pairs)
 
 
-def unpaired_files(name: str) -> list[Path]:
-    """The images and labels without a partner of an own data set; none of other data sets."""
+def left_out(name: str) -> list[str]:
+    """A sentence for each file and link of an own data set that is left out; none of others."""
     if name not in _registered:
         return []
-    return split_pairs(_registered[name], name.rpartition("_")[2])[1]
+    found = split_pairs(_registered[name], name.rpartition("_")[2])
+    return [
+        f"{path}: no file of its name beside it, left out" for path in found.alone
+    ] + found.links
 
 
 def _records(own: CfgNode, split: str) -> list[dict]:
     """Detectron2's records of a split."""
-    pairs, alone = split_pairs(own, split)
+    pairs, alone, links, _ = split_pairs(own, split)
+    # Detectron2 asks for the records of a test set three times.
     if alone:
-        # Detectron2 asks for the records of a test set three times.
         log_first_n(
             logging.WARNING,
             f"{own.NAME}_{split}: {len(alone)} images or labels without a partner are left out, "
             f"such as {alone[0]}",
             key="message",
+        )
+    if links:
+        log_first_n(
+            logging.WARNING, f"{own.NAME}_{split}: {len(links)} left out; {links[0]}", key="message"
         )
     return [
         {

@@ -1,11 +1,13 @@
 """Predictions and labels in folders: which belong together, and what they hold."""
 
+import logging
 from pathlib import Path
 
 import numpy as np
 from detectron2.data import MetadataCatalog
 from PIL import Image
 
+from ..data.files import LABEL_SUFFIXES, Found, find_files
 from ..data.labels import label_values, read_labels
 from ..errors import InputError
 from .server_files import CITYSCAPES_NAME
@@ -29,11 +31,7 @@ def find_predictions(folder: str | Path) -> dict[str, Path]:
     Raises:
         InputError: there is none, or two are of one image.
     """
-    return _by_image(
-        folder,
-        [p for p in Path(folder).rglob("*") if p.suffix.lower() == ".png"],
-        "predictions (.png)",
-    )
+    return _by_image(folder, find_files(folder, (".png",)), "predictions (.png)")
 
 
 def find_labels(folder: str | Path) -> dict[str, Path]:
@@ -44,18 +42,23 @@ def find_labels(folder: str | Path) -> dict[str, Path]:
     Raises:
         InputError: there is none, or two are of one image.
     """
-    files = [path for path in Path(folder).rglob("*") if path.suffix.lower() in (".png", ".mat")]
-    ids = [path for path in files if path.stem.endswith("_labelIds")]
-    return _by_image(folder, ids or files, "labels (.png or .mat)")
+    found = find_files(folder, (".png", ".mat"))
+    if not found.files:
+        found = find_files(folder, LABEL_SUFFIXES)
+    ids = [path for path in found.files if path.stem.endswith("_labelIds")]
+    return _by_image(folder, found._replace(files=ids or found.files), "labels (.png or .mat)")
 
 
-def _by_image(folder: str | Path, files: list[Path], expected: str) -> dict[str, Path]:
+def _by_image(folder: str | Path, inside: Found, expected: str) -> dict[str, Path]:
+    files, links = inside
+    for sentence in links:
+        logging.getLogger(__name__).warning(sentence)
     if not Path(folder).is_dir():
         raise InputError(f"{folder}: no such folder, expected {expected}")
     if not files:
         raise InputError(f"{folder}: holds no files, expected {expected}")
     found: dict[str, Path] = {}
-    for path in sorted(files):
+    for path in files:
         other = found.setdefault(image_name(path), path)
         if other is not path:
             raise InputError(f"{path}: is of the same image as {other}, expected one file for each")

@@ -12,6 +12,7 @@ import torch
 from detectron2.utils.file_io import PathManager
 from tabulate import tabulate
 
+from ..data.files import find_files
 from ..errors import InputError
 from ..files import read_data
 
@@ -161,7 +162,8 @@ def find_result_file(path: str) -> Path:
         for suffix in (".json", ".pth"):
             if (folder / f"{FILE_NAME}{suffix}").is_file():
                 return folder / f"{FILE_NAME}{suffix}"
-    found = sorted({p.parent for p in given.glob(f"inference*/**/{FILE_NAME}.*")})
+    files = [file for folder in given.glob("inference*") for file in find_files(folder).files]
+    found = sorted({file.parent for file in files if file.stem == FILE_NAME})
     if not found:
         raise InputError(f"{path}: holds no {FILE_NAME}.json or .pth, expected that of a run")
     if len(found) > 1:

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from mcibi_d2 import InputError
 from mcibi_d2.data import SemSegMapper
 from mcibi_d2.data.datasets import SplitFiles, load_records, split_files
-from mcibi_d2.data.own import palette, unpaired_files
+from mcibi_d2.data.own import left_out, palette
 from mcibi_d2.engine import load_config
 from mcibi_d2.visualization import blend, comparison_sheet
 
@@ -120,9 +120,7 @@ def check(name: str, workers: int, folder: Path) -> bool:
             f"data set {name} has no stuff_classes in its metadata, expected class names"
         )
     problems = _unpaired(files)
-    problems += [
-        f"{path}: no file of its name beside it, left out" for path in unpaired_files(name)
-    ]
+    problems += left_out(name)
     pairs = files.images.keys() - set(files.unlabeled())
     records = [
         {"file_name": path, "dataset_name": name}

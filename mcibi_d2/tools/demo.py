@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from mcibi_d2 import InputError
 from mcibi_d2.data import read_image
+from mcibi_d2.data.files import find_files
 from mcibi_d2.engine import load_config
 from mcibi_d2.predict import Predictor
 from mcibi_d2.visualization import with_legend
@@ -186,7 +187,7 @@ def find_inputs(arguments: list[str]) -> list[tuple[str, str | int | Path]]:
                 raise InputError(f"--input {argument}: expected webcam or webcam:NUMBER")
             found.append(("video", int(number or 0)))
         elif path.is_dir():
-            inside = [(_kind(file), file) for file in sorted(path.rglob("*")) if file.is_file()]
+            inside = [(_kind(file), file) for file in find_files(path).files]
             inside = [(kind, file) for kind, file in inside if kind in ("image", "video")]
             if not inside:
                 raise InputError(f"--input {argument}: has no images and no videos")

@@ -28,7 +28,8 @@ from mcibi_d2 import InputError
 from mcibi_d2.data import read_image
 from mcibi_d2.data.datasets import data_root
 from mcibi_d2.data.labels import label_colors, label_values
-from mcibi_d2.data.own import Pair, find_pairs, is_taken, palette, split_pairs
+from mcibi_d2.data.own import is_taken, palette, split_pairs
+from mcibi_d2.data.pairs import Pair, find_pairs, guess_suffixes
 from mcibi_d2.engine import load_config
 
 CHECKOUT = Path(__file__).resolve().parents[2]
@@ -260,7 +261,12 @@ def _text(value) -> str:
 
 
 def write_report(
-    labels: _Labels, sizes: Counter, wrong: dict[str, str], alone: list[Path], names: dict
+    labels: _Labels,
+    sizes: Counter,
+    wrong: dict[str, str],
+    alone: list[Path],
+    links: list[str],
+    names: dict,
 ) -> None:
     """Say what was found."""
     heights, widths = zip(*sizes.elements(), strict=True)
@@ -284,6 +290,7 @@ def write_report(
     print(tabulate(rows, headers, stralign="right", disable_numparse=True), end="\n\n")
     for title, lines in (
         ("Without a partner, left out", list(map(str, alone))),
+        ("Not followed", links),
         ("Cannot be used, left out (DATASETS.OWN.EXCLUDED)", list(wrong.values())),
     ):
         if lines:
@@ -342,6 +349,7 @@ def write_config(
         f"    VAL: {_quoted(own.VAL)}",
         "    # Without VAL: the share of TRAIN that is held out for evaluation.",
         f"    VAL_SHARE: {own.VAL_SHARE}",
+        *_suffix_lines(own),
         *_block("EXCLUDED", own.EXCLUDED, [wrong[name] for name in own.EXCLUDED]),
         *_block("CLASS_NAMES", own.CLASS_NAMES, notes),
         "    # Red, green and blue to draw with.",
@@ -384,6 +392,16 @@ def write_config(
     return "\n".join(lines) + "\n"
 
 
+def _suffix_lines(own: CfgNode) -> list[str]:
+    if not own.IMAGE_SUFFIX and not own.LABEL_SUFFIX:
+        return []
+    return [
+        "    # What names end in, beside what an image and its label share.",
+        f"    IMAGE_SUFFIX: {_quoted(own.IMAGE_SUFFIX)}",
+        f"    LABEL_SUFFIX: {_quoted(own.LABEL_SUFFIX)}",
+    ]
+
+
 def _quoted(value) -> str:
     return json.dumps(value, ensure_ascii=False)
 
@@ -399,12 +417,27 @@ def _block(key: str, values: Iterable, notes: list[str]) -> list[str]:
     ]
 
 
-def _source(images: Path, labels: Path | None, option: str) -> list[str]:
+def _source(images: Path, labels: Path | None) -> list[str]:
     """``DATASETS.OWN.TRAIN`` or ``VAL``, of paths of the command line."""
-    if images.is_dir() and labels is None:
-        raise InputError(f"{images}: a folder of images, expected {option} beside it")
     paths = [images] if labels is None else [images, labels]
     return [_portable(Path(os.path.abspath(path.expanduser()))) for path in paths]
+
+
+def _set_suffixes(own: CfgNode, image_suffix: str | None, label_suffix: str | None) -> list[str]:
+    """Set what names end in, as given or as found; what was found is returned as a sentence."""
+    if image_suffix is not None or label_suffix is not None:
+        own.IMAGE_SUFFIX, own.LABEL_SUFFIX = image_suffix or "", label_suffix or ""
+        return []
+    own.IMAGE_SUFFIX, own.LABEL_SUFFIX = guess_suffixes(own.TRAIN)
+    return [
+        f"Names of {kind} end in {suffix}, beside what a pair shares (--{option}-suffix says "
+        f"another)."
+        for kind, option, suffix in (
+            ("images", "image", own.IMAGE_SUFFIX),
+            ("labels", "label", own.LABEL_SUFFIX),
+        )
+        if suffix
+    ]
 
 
 def init_dataset(args: argparse.Namespace) -> None:
@@ -427,25 +460,34 @@ def init_dataset(args: argparse.Namespace) -> None:
             f"{args.output}: the data set would be called {own.NAME}, which there is already, "
             f"expected another file name"
         )
-    own.TRAIN = _source(args.images, args.labels, "LABELS")
+    own.TRAIN = _source(args.images, args.labels)
     if args.val_images is not None:
-        own.VAL = _source(args.val_images, args.val_labels, "--val-labels")
+        own.VAL = _source(args.val_images, args.val_labels)
     elif args.val_labels is not None:
         raise InputError("--val-labels needs --val-images, which is not given")
     if not 0 <= args.val_share < 1:
         raise InputError(f"--val-share is {args.val_share}, expected 0 <= share < 1")
     own.VAL_SHARE = 0.0 if own.VAL else args.val_share
 
-    found = [find_pairs(source) for source in (own.TRAIN, own.VAL) if source]
-    pairs = [pair for some, _ in found for pair in some]
+    said = _set_suffixes(own, args.image_suffix, args.label_suffix)
+    found = [
+        find_pairs(source, own.IMAGE_SUFFIX, own.LABEL_SUFFIX)
+        for source in (own.TRAIN, own.VAL)
+        if source
+    ]
+    pairs = [pair for some in found for pair in some.pairs]
+    others = [path for some in found for path in some.others]
+    if others:
+        said.append(f"{len(others)} files have no such name and are not read, as {others[0]}.")
     labels, sizes, wrong = scan(pairs)
     own.EXCLUDED = sorted(wrong)
-    train = split_pairs(own, "train")[0]
-    val = split_pairs(own, "val")[0] if own.VAL or own.VAL_SHARE else []
+    train = split_pairs(own, "train").pairs
+    val = split_pairs(own, "val").pairs if own.VAL or own.VAL_SHARE else []
 
-    ignored, said = guess_ignored(labels)
+    ignored, why = guess_ignored(labels)
     if args.ignore is not None:
-        ignored, said = _parse_ignored(args.ignore, labels), []
+        ignored, why = _parse_ignored(args.ignore, labels), []
+    said += why
     twice = {pair.image for pair in train} & {pair.image for pair in val}
     if twice:
         said.append(f"{len(twice)} images are both for training and for evaluation: {min(twice)}")
@@ -461,9 +503,10 @@ def init_dataset(args: argparse.Namespace) -> None:
         own.IGNORED_COLORS = [list(color) for color in sorted(ignored)]
     else:
         own.LABEL_IDS, own.LABEL_IGNORED = classes, sorted(ignored)
-    alone = [path for _, some in found for path in some]
+    alone = [path for some in found for path in some.alone]
+    links = [sentence for some in found for sentence in some.links]
     names = dict(zip(classes, own.CLASS_NAMES, strict=True))
-    write_report(labels, sizes, wrong, alone, names)
+    write_report(labels, sizes, wrong, alone, links, names)
     for sentence in said:
         print(sentence)
 
@@ -506,12 +549,20 @@ def main() -> None:
     )
     parser.add_argument(
         "images", type=Path,
-        help="folder of images; or a list (an image and its label on each line) or a manifest "
-             "(.json or .yaml, a list of {image, label}), with paths relative to the file",
+        help="folder of images, or of images and labels (x.jpg and x_mask.png); or a list (an "
+             "image and its label on each line) or a manifest (.json, .yaml or JSON lines, a list "
+             "of {image, label}), with paths relative to the file",
     )  # fmt: skip
     parser.add_argument(
-        "labels", type=Path, nargs="?", help="folder of label files with the images' names"
-    )
+        "labels", type=Path, nargs="?",
+        help="folder of label files with the images' names, or these and a suffix",
+    )  # fmt: skip
+    parser.add_argument(
+        "--label-suffix", metavar="TEXT",
+        help="what names of labels end in beside what they share with their images, such as _mask "
+             "(found by itself, and said)",
+    )  # fmt: skip
+    parser.add_argument("--image-suffix", metavar="TEXT", help="the same of images: _leftImg8bit")
     parser.add_argument("--output", type=Path, required=True, help="config to write, e.g. my.yaml")
     parser.add_argument("--val-images", type=Path, help="as IMAGES, for evaluation")
     parser.add_argument("--val-labels", type=Path, help="as LABELS, for evaluation")

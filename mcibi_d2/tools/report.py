@@ -25,6 +25,7 @@ from string import Template
 import yaml
 
 from mcibi_d2 import InputError
+from mcibi_d2.data.files import find_files
 from mcibi_d2.engine.checkpoint import replacing
 from mcibi_d2.engine.picture_hook import OVERLAYS
 from mcibi_d2.evaluation import MemoryContents, Results, read_results
@@ -175,7 +176,11 @@ def _read_evaluation(run: Run) -> Results | None:
                 return read_results(str(folder))
             except InputError as reason:
                 error = error or reason
-    found = any(run.folder.glob("inference*/**/sem_seg_evaluation.*"))
+    found = any(
+        file.stem == "sem_seg_evaluation"
+        for folder in run.folder.glob("inference*")
+        for file in find_files(folder).files
+    )
     run.notes.append(f"{error}." if found else "It is not evaluated yet.")
     return None
 
