@@ -114,9 +114,9 @@ def test_hard_aggregation_reads_the_most_likely_row(tmp_path):
         ((AGGREGATION, "row"), "'row'.*pixels, rows, none"),
         (
             ("MODEL.MCIBI.CONTEXT", "ocr", "MODEL.SEM_SEG_HEAD.AUX_FEATURES", "[]"),
-            "ocr.*AUX_FEATURES",
+            "AUX_FEATURES is empty.*ocr",
         ),
-        ((AGGREGATION, "rows", "MODEL.MCIBI.HARD_AGGREGATION", "True"), "hard.*rows"),
+        ((AGGREGATION, "rows", "MODEL.MCIBI.HARD_AGGREGATION", "True"), "HARD_AGGREGATION.*rows"),
     ],
 )  # fmt: skip
 def test_wrong_choices_are_refused(tmp_path, options, message):

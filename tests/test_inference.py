@@ -257,11 +257,15 @@ def test_mode_comes_from_the_config(tmp_path):
     [
         ("TEST.INFERENCE", "tiles", "TEST.INFERENCE is 'tiles', expected one of whole, slide"),
         ("TEST.SLIDE.WEIGHTS", "cone", "TEST.SLIDE.WEIGHTS is 'cone', expected one of flat, gauss"),
-        ("TEST.SLIDE.WINDOW", "(0, 9)", r"TEST.SLIDE.WINDOW is \(0, 9\), expected \[height, width"),
+        ("TEST.SLIDE.WINDOW", "(0, 9)", r"TEST.SLIDE.WINDOW is \(0, 9\), expected \(height, width"),
         ("TEST.SLIDE.STRIDE", "(600, 5)", r"STRIDE is \(600, 5\), expected at most TEST.SLIDE.WI"),
-        ("TEST.SLIDE.BATCH_SIZE", "0", "TEST.SLIDE.BATCH_SIZE is 0, expected at least 1"),
-        ("TEST.AUG.SCALES", "(1.0, 0.0)", r"TEST.AUG.SCALES is \(1.0, 0.0\), expected factors abo"),
-        ("TEST.MEMORY_BUDGET_MB", "-1", "TEST.MEMORY_BUDGET_MB is -1, expected at least 0"),
+        ("TEST.SLIDE.BATCH_SIZE", "0", "TEST.SLIDE.BATCH_SIZE is 0, expected a whole number of 1"),
+        (
+            "TEST.AUG.SCALES",
+            "(1.0, 0.0)",
+            r"TEST.AUG.SCALES is \(1.0, 0.0\), expected factors, at le",
+        ),
+        ("TEST.MEMORY_BUDGET_MB", "-1", "TEST.MEMORY_BUDGET_MB is -1, expected a number of 0"),
     ],
 )
 def test_wrong_keys(tmp_path, key, value, said):

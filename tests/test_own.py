@@ -406,12 +406,12 @@ def test_more_classes_than_a_byte_holds(tmp_path, argv):
         ("CLASS_NAMES", "['a', True]", "quote numbers, yes and no"),
         ("CLASS_NAMES", "['a', 'a']", "'a' is there twice"),
         ("CLASS_COLORS", "[[0, 0, 0]]", "CLASS_COLORS has 1 entries, expected one for each"),
-        ("CLASS_COLORS", "[[0, 0, 0], [0, 256, 0]]", r"\[0, 256, 0\], expected \[red, green"),
+        ("CLASS_COLORS", "[[0, 0, 0], [0, 256, 0]]", r"\[0, 256, 0\]\], expected .*\[red, green"),
         ("LABEL_IDS", "[0, 1, 2]", "LABEL_IDS has 3 entries.* of the 2 DATASETS.OWN.CLASS_NAMES"),
-        ("LABEL_IDS", "[0, 70000]", r"70000, expected numbers of 0\.\.65535"),
+        ("LABEL_IDS", "[0, 70000]", r"70000\], expected .*numbers? of 0\.\.65535"),
         ("LABEL_IDS", "[0, 255]", "LABEL_IDS and LABEL_IGNORED have 255 twice"),
         ("LABEL_COLORS", "[[1, 1, 1], [1, 1, 1]]", r"have \(1, 1, 1\) twice"),
-        ("VAL_SHARE", "1.0", "VAL_SHARE is 1.0, expected 0 <= share < 1"),
+        ("VAL_SHARE", "1.0", "VAL_SHARE is 1.0, expected .*below 1"),
     ],
 )
 def test_keys_that_do_not_fit(key, value, message, tmp_path):

@@ -111,7 +111,7 @@ def test_overlays_show_image_truth_and_prediction(tmp_path, monkeypatch, three_s
 
 def test_a_config_cannot_ask_for_less_than_none(tiny_cfg):
     tiny_cfg.TEST.VIS_IMAGES = -1
-    with pytest.raises(InputError, match="TEST.VIS_IMAGES is -1, expected at least 0"):
+    with pytest.raises(InputError, match="TEST.VIS_IMAGES is -1, expected a whole number"):
         check_config(tiny_cfg)
 
 

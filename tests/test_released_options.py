@@ -184,8 +184,8 @@ def test_augmentation_as_released(tmp_path, inference, softmax):
 @pytest.mark.parametrize("key, value, message", [
     ("MODEL.TIMM.VARIANT", "theirs", "VARIANT is 'theirs', expected one of timm, released"),
     ("MODEL.SEM_SEG_HEAD.ACTIVATION", "gelu", "ACTIVATION is 'gelu'"),
-    ("MODEL.SEM_SEG_HEAD.AUX_CONVS", 0, "AUX_CONVS is 0, expected at least 1"),
-    ("MODEL.SEM_SEG_HEAD.AUX_UPSAMPLING", 0, "AUX_UPSAMPLING is 0, expected at least 1"),
+    ("MODEL.SEM_SEG_HEAD.AUX_CONVS", 0, "AUX_CONVS is 0, expected a whole number of 1"),
+    ("MODEL.SEM_SEG_HEAD.AUX_UPSAMPLING", 0, "AUX_UPSAMPLING is 0, expected a whole number of 1"),
     ("MODEL.MCIBI.ASPP_DILATIONS", (6, 12), "ASPP_DILATIONS is .*, expected three"),
 ])  # fmt: skip
 def test_wrong_values_are_said(tiny_cfg, key, value, message):

@@ -14,6 +14,9 @@ from detectron2.projects.point_rend import ColorAugSSDTransform
 from fvcore.transforms.transform import HFlipTransform, NoOpTransform, PadTransform, Transform
 from PIL import Image
 
+# What build_train_augmentation knows of INPUT.RANDOM_FLIP, and of INPUT.CROP.TYPE.
+FLIPS = ("none", "horizontal", "vertical")
+CROP_TYPES = ("absolute",)
 TEST_RESIZES = ("shortest_edge", "fixed", "cityscapes")
 CITYSCAPES_SHORTER_SIDE = 1024
 

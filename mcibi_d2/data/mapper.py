@@ -16,6 +16,7 @@ from .files import same_file
 from .labels import read_labels
 from .own import register_own_dataset
 
+IMAGE_FORMATS = ("RGB", "BGR")
 # Of EXIF's eight orientations, those that exchange height and width.
 _SIDEWAYS = (5, 6, 7, 8)
 

@@ -6,6 +6,9 @@ from detectron2.solver import LRMultiplier, WarmupParamScheduler
 from detectron2.solver import build_lr_scheduler as build_detectron2s
 from fvcore.common.param_scheduler import ParamScheduler
 
+POLY = "WarmupPolyLR"
+SCHEDULES = (POLY, "WarmupMultiStepLR", "WarmupCosineLR", "WarmupStepWithFixedGammaLR")
+
 
 class PolyParamScheduler(ParamScheduler):
     """(1 - t / T) ** power, and never below a floor (paper, section 4.1).
@@ -34,7 +37,7 @@ def build_lr_scheduler(cfg: CfgNode, optimizer: torch.optim.Optimizer) -> LRMult
             build_lr_scheduler = staticmethod(mcibi_d2.engine.build_lr_scheduler)
     """
     solver = cfg.SOLVER
-    if solver.LR_SCHEDULER_NAME != "WarmupPolyLR":
+    if solver.LR_SCHEDULER_NAME != POLY:
         return build_detectron2s(cfg, optimizer)
     poly = PolyParamScheduler(solver.POLY_LR_POWER, solver.POLY_LR_CONSTANT_ENDING)
     warmup = WarmupParamScheduler(

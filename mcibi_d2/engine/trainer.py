@@ -29,11 +29,11 @@ from ..errors import InputError
 from ..evaluation import SemanticSegmentorWithTTA, SemSegEvaluator
 from .batch_norm_hook import AverageStatisticsHook
 from .checkpoint import Checkpointer, replacing
+from .config_check import check_number_of_classes, check_values
 from .memory_hooks import MemoryUpdateHook, find_memories
 from .memory_init import MemoryInitHook
 from .picture_hook import PictureHook
 from .schedule import build_lr_scheduler
-from .setup import check_number_of_classes
 from .train_step import TrainStep
 
 LOG_PERIOD = 20
@@ -61,6 +61,7 @@ class Trainer(DefaultTrainer):
         if not logging.getLogger("detectron2").isEnabledFor(logging.INFO):
             for name in ("detectron2", "mcibi_d2"):  # default_setup was not called
                 setup_logger(name=name)
+        check_values(cfg)
         register_own_dataset(cfg)
         for name in cfg.DATASETS.TRAIN:
             check_number_of_classes(cfg, name)

@@ -7,7 +7,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from detectron2.config import configurable
-from detectron2.layers import ShapeSpec, get_norm
+from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 from detectron2.utils import comm
 from timm.layers import (
@@ -24,6 +24,7 @@ from torch.func import functional_call
 from ..errors import InputError
 from .blocks import resolve_norm
 from .necks import NECKS, ConcatNeck, MLANeck
+from .norms import norm_factory
 
 NORMS = ("BN", "SyncBN", "FrozenBN")
 VARIANTS = ("timm", "released")
@@ -174,10 +175,7 @@ class TimmBackbone(Backbone):
         norm: str,
     ) -> nn.Module | None:
         """The neck for features of these channels and strides."""
-
-        def make_norm(channels: int) -> nn.Module:
-            return get_norm(norm, channels) or nn.Identity()
-
+        make_norm = norm_factory(norm)
         if neck != "concat" and neck_stride:
             raise InputError(
                 f"MODEL.TIMM.NECK_STRIDE is {neck_stride}, expected 0: only the neck concat has it"

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from detectron2.config import configurable
-from detectron2.layers import ShapeSpec, get_norm
+from detectron2.layers import ShapeSpec
 from detectron2.modeling import SEM_SEG_HEADS_REGISTRY
 from torch import Tensor, nn
 
@@ -14,13 +14,17 @@ from .attention import Attention, RowAttention, SlotAttention
 from .blocks import classifier, conv_norm_relu, make_leaky, resolve_norm
 from .context import CONTEXTS
 from .fusion import FUSIONS
-from .memory import FeatureMemory
+from .memory import UPDATES, FeatureMemory
+from .norms import norm_factory
 
 # Batch norm in the memory loss: see MCIBIHead.
 RCL_BATCH_NORMS = ("running", "batch")
 # How the memory is read: see MCIBIHead.
 AGGREGATIONS = ("pixels", "rows", "none")
 ACTIVATIONS = ("relu", "leaky_relu")
+CONTEXT_NAMES = ("none", *CONTEXTS)
+# Of the projection and of the concat fusion.
+KERNELS = (1, 3)
 
 
 @SEM_SEG_HEADS_REGISTRY.register()
@@ -134,28 +138,39 @@ class MCIBIHead(nn.Module):
         ignore_value: int = 255,
     ):
         super().__init__()
-        for name in (in_feature, *aux_features):
+        for key, name in (
+            ("IN_FEATURES", in_feature),
+            *(("AUX_FEATURES", name) for name in aux_features),
+        ):
             if name not in input_shape:
                 raise InputError(
-                    f"the head wants the backbone feature {name!r}, "
-                    f"the backbone gives {', '.join(input_shape)}"
+                    f"MODEL.SEM_SEG_HEAD.{key} has {name!r}, expected a feature of the backbone, "
+                    f"which gives {', '.join(input_shape)}"
                 )
-        for what, value, known in (
-            ("context", context, ("none", *CONTEXTS)),
-            ("aggregation", aggregation, AGGREGATIONS),
-            ("fusion", fusion, FUSIONS),
-            ("rcl_bn", rcl_bn, RCL_BATCH_NORMS),
-            ("activation", activation, ACTIVATIONS),
+        for key, value, known in (
+            ("MCIBI.CONTEXT", context, CONTEXT_NAMES),
+            ("MCIBI.AGGREGATION", aggregation, AGGREGATIONS),
+            ("MCIBI.FUSION", fusion, tuple(FUSIONS)),
+            ("MCIBI.PROJECT_KERNEL", project_kernel, KERNELS),
+            ("MCIBI.FUSE_KERNEL", fuse_kernel, KERNELS),
+            ("MCIBI.MEMORY.UPDATE", memory_update, UPDATES),
+            ("MCIBI.RCL_BN", rcl_bn, RCL_BATCH_NORMS),
+            ("SEM_SEG_HEAD.ACTIVATION", activation, ACTIVATIONS),
         ):
             if value not in known:
-                raise InputError(f"unknown {what} {value!r}; known: {', '.join(known)}")
+                raise InputError(
+                    f"MODEL.{key} is {value!r}, expected one of {', '.join(map(str, known))}"
+                )
         if hard and aggregation != "pixels":
-            raise InputError(f"hard aggregation needs aggregation pixels, not {aggregation}")
+            raise InputError(
+                f"MODEL.MCIBI.HARD_AGGREGATION is True, which needs MODEL.MCIBI.AGGREGATION "
+                f"pixels, not {aggregation}"
+            )
         module = CONTEXTS.get(context)
         if module and (module.needs_lower or module.needs_coarse) and not aux_features:
             raise InputError(
-                f"the context module {context} works from an auxiliary feature, but there is none "
-                f"(MODEL.SEM_SEG_HEAD.AUX_FEATURES)"
+                f"MODEL.SEM_SEG_HEAD.AUX_FEATURES is empty, expected a feature for "
+                f"MODEL.MCIBI.CONTEXT {context} to work from"
             )
         if class_weights and len(class_weights) != num_classes:
             raise InputError(
@@ -178,9 +193,7 @@ class MCIBIHead(nn.Module):
         weights = torch.tensor(class_weights, dtype=torch.float32) if class_weights else None
         self.register_buffer("class_weights", weights, persistent=False)
 
-        def make_norm(channels: int) -> nn.Module:
-            return get_norm(norm, channels) or nn.Identity()
-
+        make_norm = norm_factory(norm)
         in_channels = input_shape[in_feature].channels
         self.aux = nn.ModuleDict(
             {

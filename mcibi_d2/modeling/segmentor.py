@@ -19,6 +19,9 @@ from torch import Tensor, nn
 from .score_maps import ResizedMap, ScoreMap
 from .sliding import SlidingWindow, WindowedMap
 
+# How a test image is taken: in one piece, or in windows.
+INFERENCES = ("whole", "slide")
+
 
 @META_ARCH_REGISTRY.register()
 class MCIBISegmentor(nn.Module):
