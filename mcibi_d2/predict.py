@@ -12,7 +12,7 @@ from torch import nn
 from .data.augmentation import build_test_augmentation
 from .engine import Checkpointer, Trainer
 from .engine.checkpoint import check_weights_exist
-from .engine.setup import check_config
+from .engine.setup import check_config, without_download
 from .errors import InputError
 from .modeling.resize import best_class
 from .modeling.score_maps import ResizedMap, ScoreMap
@@ -25,10 +25,8 @@ def load_model(cfg: CfgNode) -> nn.Module:
     Raises:
         InputError: ``MODEL.WEIGHTS`` is empty, is no file, or does not fit the model.
     """
-    if not cfg.MODEL.WEIGHTS:
-        raise InputError("MODEL.WEIGHTS is empty, expected a checkpoint")
     check_weights_exist(cfg.MODEL.WEIGHTS)
-    model = Trainer.build_model(cfg)
+    model = Trainer.build_model(without_download(cfg))
     Checkpointer(model).resume_or_load(cfg.MODEL.WEIGHTS, resume=False, strict=True)
     return model.eval()
 
@@ -70,7 +68,6 @@ class Predictor:
         cfg = cfg.clone()
         cfg.defrost()
         cfg.DATASETS.TEST = ()
-        cfg.MODEL.TIMM.PRETRAINED = False
         cfg.freeze()
         if not datasets:
             raise InputError("DATASETS.TEST is empty, expected the data set of the classes")

@@ -55,6 +55,15 @@ def three_scenes():
     MetadataCatalog.remove("test_scenes_three")
 
 
+@pytest.fixture
+def torn_scene(three_scenes, tmp_path):
+    """The same with an image that cannot be read; the file and options to read it in a worker."""
+    file = tmp_path / "torn.png"
+    file.write_bytes(b"\x89PNG, and no more")
+    DatasetCatalog.get("test_scenes_three")[1]["file_name"] = str(file)
+    return file, [*three_scenes, "DATALOADER.NUM_WORKERS", "1"]
+
+
 @pytest.fixture(scope="session")
 def real_data():
     """The folder of real data sets; tests of real files skip without it."""

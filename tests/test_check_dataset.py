@@ -125,7 +125,7 @@ def test_test_split_has_no_table(root, capsys):
 
 def test_missing_folder_and_unknown_name(root, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["x", "ade20k_150_train"])
-    with pytest.raises(SystemExit, match="error: .*no such folder.*DETECTRON2_DATASETS"):
+    with pytest.raises(InputError, match="no such folder.*DETECTRON2_DATASETS"):
         check_dataset.main()
     with pytest.raises(InputError, match="'ade20k_train' is not.*close: ade20k_150_train"):
         check_dataset.check("ade20k_train", 0, root)

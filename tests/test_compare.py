@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from PIL import Image
+from PIL import ExifTags, Image
 
 from mcibi_d2 import InputError
+from mcibi_d2.data import SemSegMapper
 from mcibi_d2.data.labels import read_labels
 from mcibi_d2.evaluation import Results, SemSegEvaluator, read_results
 from mcibi_d2.evaluation.folders import find_labels, find_predictions, image_name
@@ -171,7 +172,7 @@ def test_wrong_folders_are_said(folder, spoil, match):
 
 
 def test_wrong_names_are_said(folder):
-    with pytest.raises(InputError, match="--dataset test_compar: is not .* close: test_compare"):
+    with pytest.raises(InputError, match="--dataset: 'test_compar' is not .* close: test_compare"):
         evaluate_folder.evaluate_folder(folder / "a", folder / "labels", "test_compar")
     with pytest.raises(InputError, match=r"nowhere: no such folder"):
         evaluate_folder.evaluate_folder(folder / "nowhere", folder / "labels", NAME)
@@ -244,6 +245,23 @@ def test_pictures_where_the_runs_differ_most(folder, monkeypatch, capsys):
         differs = predicted(i, 0.5) != predicted(i, 0.5 + 0.1 * i)
         assert share == pytest.approx(differs[labelled].sum() / labelled.sum())
     assert len(found) == COUNT
+
+
+def test_pictures_show_what_the_mapper_reads(folder, monkeypatch):
+    record = DatasetCatalog.get(NAME)[3]
+    turned = Image.Exif()
+    turned[ExifTags.Base.Orientation] = 6  # sideways, with labels as it is stored
+    ramp = np.arange(24 * 32, dtype=np.uint16).reshape(24, 32) * 85
+    Image.fromarray(ramp).save(record["file_name"], "PNG", exif=turned)
+    rows = []
+    sheet = compare.comparison_sheet
+    monkeypatch.setattr(compare, "comparison_sheet", lambda x, *y: rows.extend(x) or sheet(x, *y))
+    run = make_run(folder / "fcn", BASELINE)
+    call(monkeypatch, compare, run, run, "--predictions", folder / "a", folder / "b",
+         "--pictures", 1, "--output", folder / "sheet.png")  # fmt: skip
+    mapped = SemSegMapper(True, augmentations=[], dataset_name=NAME)(record)["image"]
+    assert (rows[0]["image"] == mapped.numpy().transpose(1, 2, 0)).all()
+    assert rows[0]["image"].shape == (24, 32, 3)
 
 
 @pytest.mark.parametrize(

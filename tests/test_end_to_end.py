@@ -32,7 +32,7 @@ def miou(output):
 
 def test_demo(tmp_path):
     output = run(
-        "-m", "mcibi_d2.tools.quickstart", "--output", tmp_path, "SOLVER.MAX_ITER", 6,
+        "-m", "mcibi_d2.tools.quickstart", "--output", tmp_path, "--opts", "SOLVER.MAX_ITER", 6,
         "SOLVER.IMS_PER_BATCH", 2,
     )  # fmt: skip
     table = (tmp_path / "results.txt").read_text()

@@ -55,7 +55,7 @@ def _write_weights(folder, classes):
 def export(monkeypatch, output, weights, classes, form, *options):
     monkeypatch.setattr(sys, "argv", [
         "export_predictions", "--config-file", str(ROOT / "configs/scenes/mcibi_tiny.yaml"),
-        "--format", form, "--dataset", NAME, "--output", str(output), *CONFIG,
+        "--format", form, "--dataset", NAME, "--output", str(output), "--opts", *CONFIG,
         "MODEL.SEM_SEG_HEAD.NUM_CLASSES", str(classes), "MODEL.WEIGHTS", str(weights), *options,
     ])  # fmt: skip
     export_predictions.main()

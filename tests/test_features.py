@@ -16,6 +16,7 @@ from mcibi_d2.data import build_labelled_loader
 from mcibi_d2.data.labels import read_labels
 from mcibi_d2.evaluation import class_features, separation
 from mcibi_d2.tools import features
+from mcibi_d2.tools.command import run_tool
 from mcibi_d2.visualization import Panel, embedding_figure
 
 OPTIONS = ["DATASETS.TEST", "('scenes_val',)"]
@@ -104,15 +105,16 @@ def tool(tmp_path, monkeypatch):
         model = build_model(make_tiny_cfg(tmp_path, "MODEL.MCIBI.ENABLED", enabled))
         torch.save({"model": model.state_dict()}, tmp_path / f"{name}.pth")
 
-    def run(*arguments):
+    def run(*arguments, options=()):
         command = [
             "features", "--output", str(tmp_path / "out" / "f.png"), "--config-file", config,
-            "--weights", str(tmp_path / "mcibi.pth"), *arguments,
+            "--weights", str(tmp_path / "mcibi.pth"), *arguments, "--opts",
             "MODEL.SEM_SEG_HEAD.CONVS_DIM", "16", "MODEL.MCIBI.ATTENTION_DIM", "8",
             "MODEL.SEM_SEG_HEAD.CLASS_WEIGHTS", "[]", "DATALOADER.NUM_WORKERS", "0",
+            *options,
         ]  # fmt: skip
         monkeypatch.setattr(sys, "argv", command)
-        features.main()
+        run_tool(features.main)
 
     return run
 
@@ -134,12 +136,20 @@ def test_tool(tool, tmp_path, capsys):
     )
 
 
+def test_an_image_that_a_worker_cannot_read_is_one_sentence(tool, torn_scene):
+    file, options = torn_scene
+    with pytest.raises(SystemExit) as exit_info:
+        tool(options=options)
+    assert str(exit_info.value).startswith(f"error: {file}: cannot be read as an image")
+    assert len(str(exit_info.value).splitlines()) == 1
+
+
 def test_tool_refuses(tool, tmp_path):
-    with pytest.raises(InputError, match="expected two classes in two images or more"):
+    with pytest.raises(SystemExit, match="expected two classes in two images or more"):
         tool("--images", "1")
-    with pytest.raises(InputError, match="--baseline-weights needs --baseline-config-file"):
+    with pytest.raises(SystemExit, match="--baseline-weights needs --baseline-config-file"):
         tool("--baseline-weights", "x.pth")
-    with pytest.raises(InputError, match="--images is 0"):
+    with pytest.raises(SystemExit, match="--images is 0"):
         tool("--images", "0")
 
 

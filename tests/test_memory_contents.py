@@ -17,6 +17,7 @@ from mcibi_d2 import InputError
 from mcibi_d2.evaluation import MemoryContents, gathered_rows
 from mcibi_d2.modeling import FeatureMemory
 from mcibi_d2.tools import memory as tool
+from mcibi_d2.tools.command import run_tool as run_guarded
 from mcibi_d2.visualization import cosines_figure, gathered_figure, norms_figure, png, rgb
 
 CONFIG = str(ROOT / "configs/scenes/mcibi_tiny.yaml")
@@ -175,7 +176,7 @@ def test_tool_needs_a_checkpoint_alone(tmp_path, monkeypatch, capsys, slots):
 def test_tool_with_a_config_asks_h2_and_the_pixels(tmp_path, monkeypatch, capsys):
     path, model = write_checkpoint(tmp_path)
     run_tool(monkeypatch, path, "--config-file", CONFIG, "--images", 2, "--output",
-             tmp_path / "pictures", *TINY)  # fmt: skip
+             tmp_path / "pictures", "--opts", *TINY)  # fmt: skip
     out = capsys.readouterr().out
     answers = model.sem_seg_head.classify_rows()
     known = model.sem_seg_head.memory.initialized
@@ -203,7 +204,7 @@ def test_tool_says_when_h1_does_not_tell_what_is_gathered(
     tmp_path, monkeypatch, capsys, options, why
 ):
     path, _ = write_checkpoint(tmp_path, *options)
-    run_tool(monkeypatch, path, "--config-file", CONFIG, *TINY, *options)
+    run_tool(monkeypatch, path, "--config-file", CONFIG, "--opts", *TINY, *options)
     assert why in capsys.readouterr().out
     assert not (tmp_path / "memory/gathered.png").exists()
 
@@ -211,7 +212,7 @@ def test_tool_says_when_h1_does_not_tell_what_is_gathered(
 def test_tool_with_rows_attention_says_that_it_has_its_say(tmp_path, monkeypatch, capsys):
     options = ["MODEL.MCIBI.AGGREGATION", "rows", "MODEL.MCIBI.MEMORY.SLOTS", "2"]
     path, _ = write_checkpoint(tmp_path, *options)
-    run_tool(monkeypatch, path, "--config-file", CONFIG, "--images", 1, *TINY, *options)
+    run_tool(monkeypatch, path, "--config-file", CONFIG, "--images", 1, "--opts", *TINY, *options)
     out = capsys.readouterr().out
     assert "the attention to the rows has its say" in out
     header = next(line for line in out.splitlines() if line.startswith("pixels of"))
@@ -228,6 +229,17 @@ def test_tool_says_that_there_is_no_memory_or_nothing_in_it(tmp_path, monkeypatc
     assert not (tmp_path / "memory").exists()
 
 
+def test_an_image_that_a_worker_cannot_read_is_one_sentence(tmp_path, monkeypatch, torn_scene):
+    file, options = torn_scene
+    path, _ = write_checkpoint(tmp_path)
+    with pytest.raises(SystemExit) as exit_info:
+        run_guarded(
+            lambda: run_tool(monkeypatch, path, "--config-file", CONFIG, "--opts", *TINY, *options)
+        )
+    assert str(exit_info.value).startswith(f"error: {file}: cannot be read as an image")
+    assert len(str(exit_info.value).splitlines()) == 1
+
+
 def test_tool_refuses_what_it_cannot_read(tmp_path, monkeypatch):
     (tmp_path / "junk.pth").write_bytes(b"junk")
     torch.save([1, 2], tmp_path / "list.pth")
@@ -236,7 +248,7 @@ def test_tool_refuses_what_it_cannot_read(tmp_path, monkeypatch):
         ([tmp_path / "junk.pth"], "cannot be read as a checkpoint"),
         ([tmp_path / "list.pth"], "holds a list"),
         ([tmp_path / "list.pth", "--images", 0], "--images is 0"),
-        ([tmp_path / "list.pth", "MODEL.DEVICE", "cpu"], "needs --config-file"),
+        ([tmp_path / "list.pth", "--opts", "MODEL.DEVICE", "cpu"], "needs --config-file"),
     ):
         with pytest.raises(InputError, match=message):
             run_tool(monkeypatch, *arguments)

@@ -20,6 +20,7 @@ from mcibi_d2.engine import Trainer, load_config
 from mcibi_d2.engine.launch import _guarded
 from mcibi_d2.engine.setup import check_config
 from mcibi_d2.tools import check_dataset, init_dataset
+from mcibi_d2.tools.command import run_tool
 
 TINY = str(ROOT / "configs/scenes/mcibi_tiny.yaml")
 SIZE = (24, 32)
@@ -77,7 +78,7 @@ def write_labels(folder, values, dtype=np.uint8, mode=None):
 def init(*arguments):
     """The tool, in this process."""
     sys.argv = ["init_dataset", *map(str, arguments)]
-    init_dataset.main()
+    run_tool(init_dataset.main)
 
 
 @pytest.fixture

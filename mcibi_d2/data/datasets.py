@@ -3,6 +3,7 @@
 Nothing here touches the disk before a data set is used; ``DETECTRON2_DATASETS`` is read then.
 """
 
+import difflib
 import json
 import os
 from collections.abc import Callable, Iterable
@@ -382,6 +383,21 @@ def split_files(name: str) -> SplitFiles | None:
         InputError: a folder or a list is missing or cannot be read.
     """
     return _SPLITS[name].files() if name in _SPLITS else None
+
+
+def check_registered(name: str, where: str) -> None:
+    """Raise an :class:`InputError` with similar names for a data set that is not registered.
+
+    Args:
+        name: of a data set.
+        where: it was named: a config key or an argument.
+    """
+    if name not in DatasetCatalog.list():
+        close = difflib.get_close_matches(name, DatasetCatalog.list(), n=3)
+        raise InputError(
+            f"{where}: {name!r} is not a registered data set"
+            + (f"; close: {', '.join(close)}" if close else "")
+        )
 
 
 def load_records(name: str) -> list[dict]:

@@ -223,7 +223,9 @@ def replacing(path: str) -> Iterator[IO[bytes]]:
 
 
 def check_weights_exist(path: str) -> None:
-    """Raise an :class:`InputError` if ``MODEL.WEIGHTS`` names a local file that is not there."""
+    """Raise an :class:`InputError` if ``MODEL.WEIGHTS`` is empty or a local file not there."""
+    if not path:
+        raise InputError("MODEL.WEIGHTS is empty, expected a checkpoint")
     if "://" not in path and not os.path.isfile(path.split("?")[0]):
         raise InputError(f"MODEL.WEIGHTS: {path}: no such file, expected a checkpoint")
 

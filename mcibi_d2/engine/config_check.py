@@ -10,11 +10,11 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 import yaml
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import MetadataCatalog
 from detectron2.utils.file_io import PathManager
 
 from ..data.augmentation import CROP_TYPES
-from ..data.datasets import load_records
+from ..data.datasets import check_registered, load_records
 from ..errors import InputError
 from .config_table import REMOVED, TABLE, Rule, rule_of
 
@@ -338,12 +338,7 @@ def _check_data(cfg: CfgNode, train: bool) -> None:
     if train and not cfg.DATASETS.TRAIN:
         raise InputError("DATASETS.TRAIN is empty, expected the name of a data set")
     for name in (*(cfg.DATASETS.TRAIN if train else ()), *cfg.DATASETS.TEST):
-        if name not in DatasetCatalog.list():
-            close = difflib.get_close_matches(name, DatasetCatalog.list(), n=3)
-            raise InputError(
-                f"DATASETS: {name!r} is not a registered data set"
-                + (f"; close: {', '.join(close)}" if close else "")
-            )
+        check_registered(name, "DATASETS")
         classes = MetadataCatalog.get(name).get("stuff_classes")
         if classes is None:
             raise InputError(f"data set {name} has no stuff_classes in its metadata")

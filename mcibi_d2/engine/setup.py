@@ -35,6 +35,14 @@ def load_config(config_file: str = "", options: list[str] | None = None) -> CfgN
     return cfg
 
 
+def without_download(cfg: CfgNode) -> CfgNode:
+    """A copy, not frozen, whose backbone starts without timm's weights: a checkpoint is loaded."""
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.MODEL.TIMM.PRETRAINED = False
+    return cfg
+
+
 def setup(args: argparse.Namespace) -> CfgNode:
     """The frozen config of a command line, checked against the machine and the data.
 
@@ -47,7 +55,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
     cfg = load_config(args.config_file, args.opts)
     resuming = args.resume and os.path.isfile(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint"))
     if args.eval_only or resuming:
-        cfg.MODEL.TIMM.PRETRAINED = False
+        cfg = without_download(cfg)
     if args.eval_only and not resuming and not cfg.MODEL.WEIGHTS:
         raise InputError("--eval-only needs MODEL.WEIGHTS <checkpoint>, or --resume")
     if args.eval_only and not cfg.DATASETS.TEST:

@@ -8,15 +8,13 @@ if all files have their partners and can be trained on, 1 if not. A part of a da
 and is said.
 """
 
-import argparse
-import difflib
 import os
 import sys
 from pathlib import Path
 
 import cv2
 import numpy as np
-from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
+from detectron2.data import Metadata, MetadataCatalog
 from matplotlib.figure import Figure
 from tabulate import tabulate
 from torch.utils.data import DataLoader, Dataset
@@ -24,9 +22,10 @@ from tqdm import tqdm
 
 from mcibi_d2 import InputError
 from mcibi_d2.data import SemSegMapper
-from mcibi_d2.data.datasets import SplitFiles, load_records, split_files
+from mcibi_d2.data.datasets import SplitFiles, check_registered, load_records, split_files
 from mcibi_d2.data.own import left_out, palette
 from mcibi_d2.engine import load_config
+from mcibi_d2.tools.command import ToolParser, run_tool
 from mcibi_d2.visualization import blend, comparison_sheet
 
 SHOWN_PROBLEMS = 10
@@ -71,12 +70,7 @@ def _as_it_is(item):
 
 def _files(name: str) -> SplitFiles:
     """The files of a data set; of one that another project registered, those of its records."""
-    if name not in DatasetCatalog.list():
-        close = difflib.get_close_matches(name, DatasetCatalog.list(), n=3)
-        raise InputError(
-            f"{name!r} is not a registered data set"
-            + (f"; close: {', '.join(close)}" * bool(close))
-        )
+    check_registered(name, "NAME")
     files = split_files(name)
     if files is not None:
         return files
@@ -233,26 +227,26 @@ def _sheet(data: _Check, readable: list[int], metadata: Metadata) -> Figure:
     return sheet
 
 
-def main() -> None:
+def make_parser() -> ToolParser:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m mcibi_d2.tools.check_dataset", description=__doc__.split("\n")[0]
-    )
+    parser = ToolParser("check_dataset", __doc__)
     parser.add_argument("name", help="a data set as configs name it, such as ade20k_150_train")
-    parser.add_argument("--config-file", help="that describes it (DATASETS.OWN)")
+    parser.add_config_file(required=False, of="that describes it (DATASETS.OWN)")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (all CPUs)")
     parser.add_argument(
         "--output", type=Path, default=Path("output/check_dataset"), help="folder to write"
     )
-    args = parser.parse_args()
-    try:
-        if args.config_file:
-            load_config(args.config_file)  # registers it
-        good = check(args.name, max(0, args.workers), args.output)
-    except InputError as error:
-        sys.exit(f"error: {error}")
+    parser.add_opts("DATASETS.OWN.VAL_SHARE 0.2")
+    return parser
+
+
+def main() -> None:
+    """Run the tool."""
+    args = make_parser().parse_args()
+    load_config(args.config_file, args.opts)  # registers it
+    good = check(args.name, max(0, args.workers), args.output)
     sys.exit(0 if good else 1)
 
 
 if __name__ == "__main__":
-    main()
+    run_tool(main)

@@ -7,25 +7,25 @@ A and B are run folders, or result files (sem_seg_evaluation.json or .pth). The 
 folders of class ids, as export_predictions --format png writes them.
 """
 
-import argparse
 import heapq
 import math
-import sys
 from pathlib import Path
 
 import numpy as np
-from detectron2.data import DatasetCatalog, MetadataCatalog, detection_utils
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from tabulate import tabulate
 from tqdm import tqdm
 
 import mcibi_d2  # noqa: F401  registers the data sets
 from mcibi_d2 import InputError
+from mcibi_d2.data import read_image
+from mcibi_d2.data.datasets import check_registered
 from mcibi_d2.data.labels import read_labels
 from mcibi_d2.data.own import palette
 from mcibi_d2.evaluation import Results, read_results
 from mcibi_d2.evaluation.folders import find_predictions, image_name, read_prediction
 from mcibi_d2.evaluation.results import MEASURES, find_result_file, show
-from mcibi_d2.tools.evaluate_folder import check_dataset
+from mcibi_d2.tools.command import ToolParser, run_tool
 from mcibi_d2.visualization import comparison_sheet
 
 
@@ -150,7 +150,7 @@ def write_pictures(
     predictions = [find_predictions(f) for f in folders]
     for share, record in find_disagreements(dataset, folders, count):
         one, other, truth = _read(record, dataset, folders, predictions)
-        image = detection_utils.read_image(record["file_name"], "RGB")
+        image = read_image(record["file_name"], "RGB", record["sem_seg_file_name"])
         titles = ("image", "ground truth", f"A: {names[0]}", f"B: {names[1]}")
         rows.append(dict(zip(titles, (image, truth, one, other), strict=True)))
         print(f"{record['file_name']}: {100 * share:.1f} % of its pixels differ")
@@ -168,11 +168,9 @@ def run_name(path: str) -> str:
     return folder.parent.name if folder.name.startswith("inference") else folder.name
 
 
-def main() -> None:
-    """Run the tool."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def make_parser() -> ToolParser:
+    """The command line."""
+    parser = ToolParser("compare", __doc__)
     parser.add_argument("a", metavar="A", help="the baseline")
     parser.add_argument("b", metavar="B", help="what is compared with it")
     parser.add_argument(
@@ -183,7 +181,12 @@ def main() -> None:
     parser.add_argument(
         "--output", type=Path, default=Path("compare.png"), help="of the pictures (compare.png)"
     )
-    args = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    """Run the tool."""
+    args = make_parser().parse_args()
     if args.pictures < 1:
         raise InputError(f"--pictures is {args.pictures}, expected at least 1")
     a, b = read_results(args.a), read_results(args.b)
@@ -200,14 +203,11 @@ def main() -> None:
     dataset = args.dataset or a.dataset or b.dataset
     if not dataset:
         raise InputError("the result files do not name their data set, expected --dataset NAME")
-    check_dataset(dataset)
+    check_registered(dataset, "--dataset")
     if MetadataCatalog.get(dataset).get("stuff_classes") != a.classes:
         raise InputError(f"--dataset {dataset}: has other classes than the result files")
     write_pictures(dataset, tuple(args.predictions), names, args.pictures, args.output)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except InputError as error:
-        sys.exit(f"error: {error}")
+    run_tool(main)

@@ -8,13 +8,12 @@ batch norm, one per output of a ReLU. The products of attention, which the paper
 added in a column of their own.
 """
 
-import argparse
 import json
 import logging
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from statistics import median
 
 import torch
@@ -25,10 +24,12 @@ from torch import Tensor, nn
 
 from mcibi_d2 import InputError
 from mcibi_d2.engine import Trainer, load_config
+from mcibi_d2.engine.setup import without_download
 from mcibi_d2.modeling import Attention
 from mcibi_d2.modeling.blocks import conv_norm_relu
 from mcibi_d2.modeling.context import CONTEXTS
 from mcibi_d2.modeling.fusion import ConcatFusion
+from mcibi_d2.tools.command import ToolParser, run_tool
 
 IN_CHANNELS, LOWER_CHANNELS, CHANNELS, ATTENTION_DIM, GRID = 2048, 1024, 512, 256, (128, 128)
 # The paper's Table 3: millions of parameters, billions of FLOPs, milliseconds on a V100.
@@ -193,17 +194,19 @@ def measure_table(device: str, repeats: int) -> list[dict]:
     return results
 
 
-def measure_model(config_file: str, size: tuple[int, int], device: str, repeats: int) -> dict:
+def measure_model(
+    config_file: str, size: tuple[int, int], repeats: int, options: Sequence[str] = ()
+) -> dict:
     """A whole model on one image.
 
     Args:
         config_file: its config.
         size: height and width of the image.
-        device: to run on.
         repeats: of the timing; 0 leaves it out.
+        options: config keys and values.
     """
-    options = ["MODEL.DEVICE", device, "MODEL.TIMM.PRETRAINED", "False"]
-    model = Trainer.build_model(load_config(config_file, options)).eval()
+    cfg = without_download(load_config(config_file, list(options)))
+    model = Trainer.build_model(cfg).eval()
     inputs = [{"image": torch.zeros(3, *size, dtype=torch.uint8)}]
     normalised = model.preprocess(inputs).tensor
 
@@ -224,16 +227,16 @@ def measure_model(config_file: str, size: tuple[int, int], device: str, repeats:
         "parameters": _parameters(model),
         "flops": flops,
         "flops_with_attention": with_attention,
-        "milliseconds": _milliseconds(lambda: model(inputs), device, repeats) if repeats else None,
+        "milliseconds": _milliseconds(lambda: model(inputs), cfg.MODEL.DEVICE, repeats)
+        if repeats
+        else None,
     }
 
 
-def main() -> None:
+def make_parser() -> ToolParser:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m mcibi_d2.tools.complexity", description=__doc__.split("\n")[0]
-    )
-    parser.add_argument("--config-file", help="a whole model instead of the table")
+    parser = ToolParser("complexity", __doc__)
+    parser.add_config_file(required=False, of="of a whole model, instead of the table")
     parser.add_argument(
         "--size", type=int, nargs=2, default=(512, 512), metavar=("H", "W"),
         help="of the image, with --config-file (512 512)",
@@ -241,17 +244,22 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     parser.add_argument("--repeats", type=int, default=3, help="of the timing; 0: no timing (3)")
     parser.add_argument("--json", action="store_true", help="print a list of objects instead")
-    args = parser.parse_args()
+    parser.add_opts("MODEL.MCIBI.CONTEXT aspp")
+    return parser
+
+
+def main() -> None:
+    """Run the tool."""
+    args = make_parser().parse_args()
     warnings.filterwarnings("ignore")
     logging.getLogger("fvcore").setLevel(logging.ERROR)
-    try:
-        if args.config_file:
-            size = tuple(args.size)
-            results = [measure_model(args.config_file, size, args.device, args.repeats)]
-        else:
-            results = measure_table(args.device, args.repeats)
-    except InputError as error:
-        sys.exit(f"error: {error}")
+    if args.opts and not args.config_file:
+        raise InputError("--opts needs --config-file FILE, which builds the model")
+    if args.config_file:
+        options = ["MODEL.DEVICE", args.device, *args.opts]
+        results = [measure_model(args.config_file, tuple(args.size), args.repeats, options)]
+    else:
+        results = measure_table(args.device, args.repeats)
     if args.json:
         print(json.dumps(results, indent=1))
         return
@@ -278,4 +286,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_tool(main)

@@ -3,9 +3,7 @@
 The configs of the 18 models, and what their files are called: configs/released/README.md.
 """
 
-import argparse
 import os
-import sys
 from collections import Counter
 
 import torch
@@ -16,6 +14,7 @@ from mcibi_d2.convert import Fate, convert
 from mcibi_d2.engine import load_config
 from mcibi_d2.engine.checkpoint import replacing
 from mcibi_d2.files import read_data
+from mcibi_d2.tools.command import ToolParser, run_tool
 
 
 def read(path: str) -> object:
@@ -39,15 +38,19 @@ def table(fates: list[Fate]) -> str:
     return tabulate(lines, headers=["released", "ours", "tensors", "what"])
 
 
-def main() -> None:
-    """Convert one file."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--config-file", required=True, help="of the model, in configs/released")
+def make_parser() -> ToolParser:
+    """The command line."""
+    parser = ToolParser("convert_released", __doc__)
+    parser.add_config_file(of="of the model, in configs/released")
     parser.add_argument("--input", required=True, metavar="X.pth", help="the released file")
     parser.add_argument("--output", required=True, metavar="Y.pth", help="the checkpoint to write")
-    parser.add_argument("opts", nargs=argparse.REMAINDER, help="config keys and values")
-    args = parser.parse_args()
+    parser.add_opts("MODEL.SEM_SEG_HEAD.NUM_CLASSES 19")
+    return parser
 
+
+def main() -> None:
+    """Run the tool."""
+    args = make_parser().parse_args()
     cfg = load_config(args.config_file, args.opts)
     folder = os.path.dirname(args.output) or "."
     if not os.path.isdir(folder):
@@ -70,7 +73,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except InputError as error:
-        sys.exit(f"error: {error}")
+    run_tool(main)

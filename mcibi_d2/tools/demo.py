@@ -7,7 +7,6 @@ Of photo.jpg, the output folder gets photo.jpg, with its classes laid over it an
 it; of film.avi, film.mp4.
 """
 
-import argparse
 import mimetypes
 import sys
 import time
@@ -24,6 +23,7 @@ from mcibi_d2.data import read_image
 from mcibi_d2.data.files import find_files
 from mcibi_d2.engine import load_config
 from mcibi_d2.predict import Predictor
+from mcibi_d2.tools.command import ToolParser, run_tool
 from mcibi_d2.visualization import with_legend
 
 
@@ -230,12 +230,10 @@ def check_output(folder: Path, force: bool) -> None:
         raise InputError(f"--output {folder}: cannot be made ({error.strerror})") from error
 
 
-def main() -> None:
-    """Run the tool."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--config-file", required=True, metavar="FILE")
+def make_parser() -> ToolParser:
+    """The command line."""
+    parser = ToolParser("demo", __doc__)
+    parser.add_config_file()
     parser.add_argument(
         "--input", required=True, nargs="+", metavar="INPUT",
         help="images, folders, videos, webcam or webcam:NUMBER",
@@ -256,11 +254,13 @@ def main() -> None:
     parser.add_argument(
         "--force", action="store_true", help="write into a folder that holds files already"
     )
-    parser.add_argument(
-        "--opts", nargs=argparse.REMAINDER, default=[],
-        help="config keys and values, e.g. MODEL.WEIGHTS X.pth MODEL.DEVICE cpu",
-    )  # fmt: skip
-    args = parser.parse_args()
+    parser.add_opts()
+    return parser
+
+
+def main() -> None:
+    """Run the tool."""
+    args = make_parser().parse_args()
     if not 0 <= args.opacity <= 1:
         raise InputError(f"--opacity is {args.opacity}, expected 0 to 1")
     if args.frames < 0:
@@ -294,7 +294,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except InputError as error:
-        sys.exit(f"error: {error}")
+    run_tool(main)

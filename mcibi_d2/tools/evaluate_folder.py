@@ -7,8 +7,6 @@ Files belong together whose names are the same but for their endings (.png, .mat
 Cityscapes). The labels are read by the label table of the data set, whose own files are not used.
 """
 
-import argparse
-import difflib
 import logging
 import sys
 
@@ -18,18 +16,10 @@ from tqdm import tqdm
 
 import mcibi_d2  # noqa: F401  registers the data sets
 from mcibi_d2 import InputError
+from mcibi_d2.data.datasets import check_registered
 from mcibi_d2.evaluation import SemSegEvaluator
 from mcibi_d2.evaluation.folders import PIXELS, find_labels, find_predictions, read_prediction
-
-
-def check_dataset(name: str) -> None:
-    """Raise an :class:`InputError` for a data set that is not registered."""
-    if name not in DatasetCatalog.list():
-        close = difflib.get_close_matches(name, DatasetCatalog.list(), n=3)
-        raise InputError(
-            f"--dataset {name}: is not a registered data set"
-            + (f"; close: {', '.join(close)}" if close else "")
-        )
+from mcibi_d2.tools.command import ToolParser, run_tool
 
 
 def evaluate_folder(
@@ -54,7 +44,7 @@ def evaluate_folder(
     Raises:
         InputError: a file is missing or wrong.
     """
-    check_dataset(dataset)
+    check_registered(dataset, "--dataset")
     predicted, truth = find_predictions(predictions), find_labels(labels)
     for missing, found, folder, kind in (
         (sorted(truth.keys() - predicted.keys()), truth, predictions, "prediction"),
@@ -89,11 +79,9 @@ def evaluate_folder(
         MetadataCatalog.remove(name)
 
 
-def main() -> None:
-    """Run the tool."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def make_parser() -> ToolParser:
+    """The command line."""
+    parser = ToolParser("evaluate_folder", __doc__)
     parser.add_argument("predictions", metavar="PREDICTIONS", help="folder of PNGs")
     parser.add_argument("labels", metavar="LABELS", help="folder of label files, as published")
     parser.add_argument("--dataset", required=True, metavar="NAME", help="a registered data set")
@@ -104,14 +92,16 @@ def main() -> None:
     )  # fmt: skip
     parser.add_argument("--boundary-iou", action="store_true", help="measure it, too")
     parser.add_argument("--output", metavar="FOLDER", help="for sem_seg_evaluation.json and .pth")
-    args = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    """Run the tool."""
+    args = make_parser().parse_args()
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
     logging.getLogger("mcibi_d2").setLevel(logging.INFO)
     evaluate_folder(**vars(args))
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except InputError as error:
-        sys.exit(f"error: {error}")
+    run_tool(main)

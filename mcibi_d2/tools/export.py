@@ -14,7 +14,6 @@ import logging
 import math
 import operator
 import os
-import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -32,6 +31,7 @@ from mcibi_d2.engine.checkpoint import check_weights_exist, replacing
 from mcibi_d2.engine.setup import check_config
 from mcibi_d2.modeling import MCIBISegmentor
 from mcibi_d2.predict import load_model
+from mcibi_d2.tools.command import ToolParser, run_tool
 
 FORMATS = ("torchscript", "onnx", "pt2")
 PREPROCESSING = ("RGB", "BGR", "none")
@@ -89,11 +89,8 @@ class ImagesToLogits(nn.Module):
 def make_config(args: argparse.Namespace) -> CfgNode:
     """The checked config of a command line."""
     cfg = load_config(args.config_file, args.opts)
-    cfg.MODEL.TIMM.PRETRAINED = False
     if args.format == "onnx":
         cfg.MODEL.DEVICE = "cpu"  # an ONNX file is for no device
-    if not cfg.MODEL.WEIGHTS:
-        raise InputError("MODEL.WEIGHTS is empty, expected a checkpoint")
     check_weights_exist(cfg.MODEL.WEIGHTS)
     if not args.output.absolute().parent.is_dir():
         raise InputError(f"--output {args.output}: {args.output.parent} is not a folder")
@@ -363,12 +360,10 @@ def _line(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[-1][:200] if lines else ''}"
 
 
-def main() -> None:
-    """Run the tool."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--config-file", required=True, metavar="FILE")
+def make_parser() -> ToolParser:
+    """The command line."""
+    parser = ToolParser("export", __doc__)
+    parser.add_config_file()
     parser.add_argument("--format", required=True, choices=FORMATS)
     parser.add_argument("--output", type=Path, required=True, metavar="FILE")
     parser.add_argument(
@@ -377,12 +372,13 @@ def main() -> None:
              "MODEL.PIXEL_MEAN is taken and that are divided by PIXEL_STD, in the order of "
              "INPUT.FORMAT",
     )  # fmt: skip
-    parser.add_argument(
-        "--opts", nargs=argparse.REMAINDER, default=[], metavar="KEY VALUE",
-        help="config keys and values, e.g. MODEL.WEIGHTS X.pth; MODEL.DEVICE is what a TorchScript "
-             "or pt2 file is for",
-    )  # fmt: skip
-    args = parser.parse_args()
+    parser.add_opts("MODEL.WEIGHTS X.pth; MODEL.DEVICE is what a TorchScript or pt2 file is for")
+    return parser
+
+
+def main() -> None:
+    """Run the tool."""
+    args = make_parser().parse_args()
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     cfg = make_config(args)
     check_exportable(cfg, args.format)
@@ -406,7 +402,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except InputError as error:
-        sys.exit(f"error: {error}")
+    run_tool(main)

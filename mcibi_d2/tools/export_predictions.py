@@ -1,7 +1,8 @@
 """Predict a data set and write the files that an evaluation server takes, as a checked zip.
 
 python -m mcibi_d2.tools.export_predictions --config-file configs/cityscapes/mcibi_R50.yaml \\
-    --format cityscapes --dataset cityscapes_19_test --output output/server MODEL.WEIGHTS X.pth
+    --format cityscapes --dataset cityscapes_19_test --output output/server \\
+    --opts MODEL.WEIGHTS X.pth
 
 The same command again goes on where it was stopped.
 """
@@ -9,7 +10,6 @@ The same command again goes on where it was stopped.
 import argparse
 import hashlib
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -24,22 +24,19 @@ from mcibi_d2.data import SemSegMapper
 from mcibi_d2.engine import load_config
 from mcibi_d2.engine.checkpoint import check_weights_exist
 from mcibi_d2.engine.setup import check_config
-from mcibi_d2.errors import sentence
 from mcibi_d2.evaluation import SemanticSegmentorWithTTA
 from mcibi_d2.evaluation.server_files import FORMATS, ServerFiles
 from mcibi_d2.predict import load_model
+from mcibi_d2.tools.command import ToolParser, run_tool
 
 
 def make_config(args: argparse.Namespace) -> CfgNode:
     """The checked config of a command line."""
     cfg = load_config(args.config_file, args.opts)
-    cfg.MODEL.TIMM.PRETRAINED = False
     if args.dataset:
         cfg.DATASETS.TEST = (args.dataset,)
     if len(cfg.DATASETS.TEST) != 1:
         raise InputError(f"DATASETS.TEST is {cfg.DATASETS.TEST}, expected one, or --dataset NAME")
-    if not cfg.MODEL.WEIGHTS:
-        raise InputError("MODEL.WEIGHTS is empty, expected a checkpoint")
     cfg.OUTPUT_DIR = str(args.output)
     check_weights_exist(cfg.MODEL.WEIGHTS)
     cfg.freeze()
@@ -111,23 +108,23 @@ def predict(cfg: CfgNode, records: list[dict], files: ServerFiles) -> None:
             files.write(x["file_name"], labels.cpu().numpy().astype(np.int64))
 
 
-def main() -> None:
-    """Run the tool."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--config-file", required=True, metavar="FILE")
+def make_parser() -> ToolParser:
+    """The command line."""
+    parser = ToolParser("export_predictions", __doc__)
+    parser.add_config_file()
     parser.add_argument("--format", required=True, choices=FORMATS, help="png: plain class ids")
     parser.add_argument("--dataset", help="registered name; default: DATASETS.TEST")
     parser.add_argument(
         "--output", type=Path, required=True, metavar="FOLDER",
         help="for the predictions and <data set>.zip",
     )  # fmt: skip
-    parser.add_argument(
-        "opts", nargs=argparse.REMAINDER,
-        help="config keys and values, e.g. MODEL.WEIGHTS X.pth TEST.AUG.ENABLED True",
-    )  # fmt: skip
-    args = parser.parse_args()
+    parser.add_opts("MODEL.WEIGHTS X.pth TEST.AUG.ENABLED True")
+    return parser
+
+
+def main() -> None:
+    """Run the tool."""
+    args = make_parser().parse_args()
     cfg = make_config(args)
     (dataset,) = cfg.DATASETS.TEST
     ids = server_ids(args.format, dataset)
@@ -150,7 +147,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except InputError as error:
-        sys.exit(f"error: {sentence(error)}")
+    run_tool(main)

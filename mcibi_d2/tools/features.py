@@ -10,8 +10,6 @@ the features themselves: the mean silhouette (1: compact and apart, 0: mixed), a
 points whose nearest neighbour is of their class.
 """
 
-import argparse
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -26,6 +24,7 @@ from mcibi_d2.data import build_labelled_loader
 from mcibi_d2.engine import load_config
 from mcibi_d2.evaluation import class_features, separation
 from mcibi_d2.predict import Predictor
+from mcibi_d2.tools.command import ToolParser, run_tool
 from mcibi_d2.visualization import Panel, embedding_figure
 
 # scikit-learn's t-SNE is slow for more points.
@@ -75,12 +74,10 @@ def features_of(
     return found.numpy(), classes.numpy(), name
 
 
-def main() -> None:
-    """Run the tool."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--config-file", required=True, metavar="FILE")
+def make_parser() -> ToolParser:
+    """The command line."""
+    parser = ToolParser("features", __doc__)
+    parser.add_config_file()
     parser.add_argument("--weights", default="", metavar="FILE", help="default: MODEL.WEIGHTS")
     parser.add_argument("--baseline-config-file", metavar="FILE", help="drawn on the left")
     parser.add_argument("--baseline-weights", default="", metavar="FILE")
@@ -91,10 +88,13 @@ def main() -> None:
         "--images", type=int, metavar="N", help="look at so many of DATASETS.TEST (all)"
     )
     parser.add_argument("--seed", type=int, default=0, help="of t-SNE (0)")
-    parser.add_argument(
-        "opts", nargs="*", help="config keys and values of both, e.g. MODEL.DEVICE cpu"
-    )
-    args = parser.parse_intermixed_args()
+    parser.add_opts("MODEL.DEVICE cpu, of both")
+    return parser
+
+
+def main() -> None:
+    """Run the tool."""
+    args = make_parser().parse_args()
     if args.images is not None and args.images < 1:
         raise InputError(f"--images is {args.images}, expected at least 1")
     if args.baseline_weights and not args.baseline_config_file:
@@ -133,7 +133,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except InputError as error:
-        sys.exit(f"error: {error}")
+    run_tool(main)

@@ -9,7 +9,6 @@ import json
 import os
 import re
 import statistics
-import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterable
@@ -31,6 +30,7 @@ from mcibi_d2.data.labels import label_colors, label_values
 from mcibi_d2.data.own import is_taken, palette, split_pairs
 from mcibi_d2.data.pairs import Pair, find_pairs, guess_suffixes
 from mcibi_d2.engine import load_config
+from mcibi_d2.tools.command import ToolParser, run_tool
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 BASE = CHECKOUT / "configs" / "ade20k" / "mcibi_R50.yaml"
@@ -542,11 +542,9 @@ def _write(output: Path, text: str) -> None:
     output.write_text(text, encoding="utf-8")
 
 
-def main() -> None:
+def make_parser() -> ToolParser:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m mcibi_d2.tools.init_dataset", description=__doc__.split("\n")[0]
-    )
+    parser = ToolParser("init_dataset", __doc__)
     parser.add_argument(
         "images", type=Path,
         help="folder of images, or of images and labels (x.jpg and x_mask.png); or a list (an "
@@ -577,11 +575,13 @@ def main() -> None:
     )  # fmt: skip
     parser.add_argument("--base", type=Path, default=BASE, help="config of the model and recipe")
     parser.add_argument("--force", action="store_true", help="overwrite the config")
-    try:
-        init_dataset(parser.parse_args())
-    except InputError as error:
-        sys.exit(f"error: {error}")
+    return parser
+
+
+def main() -> None:
+    """Run the tool."""
+    init_dataset(make_parser().parse_args())
 
 
 if __name__ == "__main__":
-    main()
+    run_tool(main)

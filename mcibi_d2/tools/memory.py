@@ -8,13 +8,11 @@ With a config file the model is built, too: then each row comes with H2's answer
 DATASETS.TEST tell which rows each class gathers.
 
 python -m mcibi_d2.tools.memory output/ade20k/mcibi_R50/model_final.pth \\
-    --config-file configs/ade20k/mcibi_R50.yaml MODEL.DEVICE cpu
+    --config-file configs/ade20k/mcibi_R50.yaml --opts MODEL.DEVICE cpu
 """
 
-import argparse
 import csv
 import math
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -33,6 +31,7 @@ from mcibi_d2.engine.checkpoint import check_weights_exist
 from mcibi_d2.engine.setup import check_config
 from mcibi_d2.evaluation import MemoryContents, gathered_rows
 from mcibi_d2.predict import load_model
+from mcibi_d2.tools.command import ToolParser, run_tool
 from mcibi_d2.visualization import cosines_figure, gathered_figure, norms_figure, png
 
 PAIRS = 10
@@ -131,7 +130,6 @@ def why_not_gathered(cfg: CfgNode) -> str:
 def make_config(config_file: str, checkpoint: str, options: list[str]) -> CfgNode:
     """The checked config of a command line."""
     cfg = load_config(config_file, options)
-    cfg.MODEL.TIMM.PRETRAINED = False
     cfg.MODEL.WEIGHTS = checkpoint
     if not cfg.MODEL.MCIBI.ENABLED:
         raise InputError(f"{config_file}: MODEL.MCIBI.ENABLED is False, expected a memory")
@@ -161,26 +159,29 @@ def write_csv(matrix: Tensor, names: Sequence[str], path: Path) -> None:
             writer.writerow([name, *("" if math.isnan(x) else f"{x:.6g}" for x in line)])
 
 
-def main() -> None:
-    """Run the tool."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def make_parser() -> ToolParser:
+    """The command line."""
+    parser = ToolParser("memory", __doc__)
     parser.add_argument("checkpoint", metavar="CHECKPOINT")
-    parser.add_argument("--config-file", default="", metavar="FILE")
+    parser.add_config_file(required=False, of="that builds the model, for H2's answers and pixels")
     parser.add_argument(
         "--output", type=Path, metavar="FOLDER", help="default: memory beside the checkpoint"
     )
     parser.add_argument(
         "--images", type=int, metavar="N", help="look at so many of DATASETS.TEST (all)"
     )
-    parser.add_argument("opts", nargs="*", help="config keys and values, e.g. MODEL.DEVICE cpu")
-    args = parser.parse_intermixed_args()
+    parser.add_opts("MODEL.DEVICE cpu")
+    return parser
+
+
+def main() -> None:
+    """Run the tool."""
+    args = make_parser().parse_args()
     check_weights_exist(args.checkpoint)
     if args.images is not None and args.images < 1:
         raise InputError(f"--images is {args.images}, expected at least 1")
     if args.opts and not args.config_file:
-        raise InputError(f"{args.opts[0]} needs --config-file FILE, which builds the model")
+        raise InputError("--opts needs --config-file FILE, which builds the model")
     contents = MemoryContents.read(args.checkpoint)
     if contents is None:
         raise InputError(
@@ -237,7 +238,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except InputError as error:
-        sys.exit(f"error: {error}")
+    run_tool(main)

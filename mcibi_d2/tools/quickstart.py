@@ -4,7 +4,6 @@ Trains the three on the same schedule and seed on this machine, evaluates them, 
 a sheet of pictures and a report.
 """
 
-import argparse
 import logging
 import os
 import sys
@@ -22,10 +21,10 @@ from detectron2.utils.events import JSONWriter, TensorboardXWriter
 from tabulate import tabulate
 from tqdm import tqdm
 
-from mcibi_d2 import InputError
 from mcibi_d2.data import scenes
 from mcibi_d2.engine import Trainer, load_config
 from mcibi_d2.engine.setup import check_config
+from mcibi_d2.tools.command import ToolParser, run_tool
 from mcibi_d2.tools.report import NAME as REPORT
 from mcibi_d2.tools.report import write_report
 from mcibi_d2.visualization import comparison_sheet
@@ -101,14 +100,17 @@ def _pictures(models: dict[str, torch.nn.Module], numbers: range) -> list[dict[s
     return rows
 
 
-def main() -> None:
-    """Run the demo."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def make_parser() -> ToolParser:
+    """The command line."""
+    parser = ToolParser("quickstart", __doc__)
     parser.add_argument("--output", type=Path, default=Path("output/demo"), help="folder to write")
-    parser.add_argument(
-        "opts", nargs=argparse.REMAINDER, help="config keys and values, e.g. SOLVER.MAX_ITER 50"
-    )
-    args = parser.parse_args()
+    parser.add_opts("SOLVER.MAX_ITER 50")
+    return parser
+
+
+def main() -> None:
+    """Run the tool."""
+    args = make_parser().parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
     logging.basicConfig(
         filename=args.output / "log.txt", filemode="w", level=logging.INFO,
@@ -156,7 +158,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except InputError as error:
-        sys.exit(f"error: {error}")
+    run_tool(main)

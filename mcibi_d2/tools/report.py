@@ -8,7 +8,6 @@ from the files that training left. A folder that is no run itself stands for the
 page needs nothing but its file: no network, no scripts.
 """
 
-import argparse
 import base64
 import html
 import json
@@ -16,7 +15,6 @@ import math
 import os
 import re
 import struct
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +28,7 @@ from mcibi_d2.engine.checkpoint import replacing
 from mcibi_d2.engine.picture_hook import OVERLAYS
 from mcibi_d2.evaluation import MemoryContents, Results, read_results
 from mcibi_d2.evaluation.results import MEASURES
+from mcibi_d2.tools.command import ToolParser, run_tool
 from mcibi_d2.tools.memory import PAIRS, class_names
 from mcibi_d2.visualization import cosines_figure, curves_figure, norms_figure, png
 from mcibi_d2.visualization.png import DPI
@@ -515,17 +514,20 @@ $body
 """)
 
 
-def main() -> None:
-    """Run the tool."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def make_parser() -> ToolParser:
+    """The command line."""
+    parser = ToolParser("report", __doc__)
     parser.add_argument("folders", nargs="+", type=Path, metavar="OUTPUT_DIR")
     parser.add_argument(
         "--output", type=Path, metavar="FILE",
         help=f"default: {NAME} in the folder, or in the one that holds all of them",
     )  # fmt: skip
-    args = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    """Run the tool."""
+    args = make_parser().parse_args()
     runs = find_runs(args.folders)
     path = args.output or Path(os.path.commonpath(args.folders)) / NAME
     write_report(runs, path)
@@ -533,7 +535,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except InputError as error:
-        sys.exit(f"error: {error}")
+    run_tool(main)

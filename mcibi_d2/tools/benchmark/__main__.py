@@ -1,28 +1,27 @@
 """Time the parts that the project promises to be fast, side by side with the plain way."""
 
-import argparse
 import itertools
 import json
-import sys
 from pathlib import Path
 
-from mcibi_d2 import InputError
-
+from ..command import ToolParser, run_tool
 from . import data, evaluation, export, method
 
 
-def main() -> None:
+def make_parser() -> ToolParser:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m mcibi_d2.tools.benchmark", description=__doc__)
+    parser = ToolParser("benchmark", __doc__)
     commands = parser.add_subparsers(dest="part", required=True)
     parts = [m.add_commands(commands) for m in (method, data, evaluation, export)]
     for part in itertools.chain(*parts):
         part.add_argument("--json", metavar="FILE", help="write the JSON there, not to the output")
-    args = parser.parse_args()
-    try:
-        results = args.run(args)
-    except InputError as error:
-        sys.exit(f"error: {error}")
+    return parser
+
+
+def main() -> None:
+    """Run the tool."""
+    args = make_parser().parse_args()
+    results = args.run(args)
     text = json.dumps(results, indent=1)
     if args.json:
         Path(args.json).write_text(text + "\n")
@@ -31,4 +30,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_tool(main)

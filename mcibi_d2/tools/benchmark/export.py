@@ -3,6 +3,7 @@
 import argparse
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from tabulate import tabulate
 from torch import nn
 
 from mcibi_d2.engine import Trainer, load_config
+from mcibi_d2.engine.setup import without_download
 from mcibi_d2.modeling import MCIBISegmentor
 
 from .. import export
@@ -21,10 +23,9 @@ DEFAULTS = (CONFIGS / "ade20k" / "mcibi_R50.yaml", CONFIGS / "camvid" / "mcibi_M
 BATCHES = ((1, (512, 512)), (1, (333, 500)))
 
 
-def make_model(config_file: str) -> tuple[CfgNode, MCIBISegmentor]:
+def make_model(config_file: str, options: Sequence[str] = ()) -> tuple[CfgNode, MCIBISegmentor]:
     """The model of a config on the CPU, drawn at random, whose activations are of normal size."""
-    options = ["MODEL.DEVICE", "cpu", "MODEL.TIMM.PRETRAINED", "False", "MODEL.WEIGHTS", ""]
-    cfg = load_config(config_file, options)
+    cfg = without_download(load_config(config_file, ["MODEL.DEVICE", "cpu", *options]))
     torch.manual_seed(0)
     model = Trainer.build_model(cfg).eval()
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
@@ -46,7 +47,7 @@ def benchmark_export(args: argparse.Namespace) -> dict:
     results = {"torch": torch.__version__, "threads": torch.get_num_threads(), "cases": []}
     for config_file in args.config_file or DEFAULTS:
         print(f"measuring {config_file}", file=sys.stderr)
-        cfg, model = make_model(str(config_file))
+        cfg, model = make_model(str(config_file), args.opts)
         export.check_exportable(cfg, "onnx")
         module = export.ImagesToLogits(model, cfg.INPUT.FORMAT, "RGB").eval()
         module.requires_grad_(False)
@@ -95,5 +96,6 @@ def add_commands(parts) -> list[argparse.ArgumentParser]:
         help="again for several; default: FCN + MCIBI on R50 and MobileNetV2",
     )  # fmt: skip
     part.add_argument("--repeats", type=int, default=5, help="of each call (5)")
+    part.add_opts("MODEL.MCIBI.CONTEXT aspp")
     part.set_defaults(run=benchmark_export)
     return [part]

@@ -8,7 +8,7 @@ against its softmax written out, and against attention to the memory's rows.
 import argparse
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from mcibi_d2 import InputError
 from mcibi_d2.engine import Trainer, load_config
+from mcibi_d2.engine.setup import without_download
 from mcibi_d2.modeling import Attention, FeatureMemory
 from mcibi_d2.modeling.attention import RowAttention
 
@@ -137,11 +138,16 @@ def compare_updates(case: Case, device: str, repeats: int, literal_repeats: int)
 
 
 def time_training_step(
-    config_file: str, device: str, precision: str, size: int, batch: int, repeats: int
+    config_file: str,
+    device: str,
+    precision: str,
+    size: int,
+    batch: int,
+    repeats: int,
+    options: Sequence[str] = (),
 ) -> dict:
     """A whole training step on random images, and the memory's share of it."""
-    options = ["MODEL.DEVICE", device, "MODEL.TIMM.PRETRAINED", "False"]
-    cfg = load_config(config_file, options)
+    cfg = without_download(load_config(config_file, ["MODEL.DEVICE", device, *options]))
     if not cfg.MODEL.MCIBI.ENABLED:
         raise InputError(f"{config_file}: MODEL.MCIBI.ENABLED is False, expected a memory to time")
     model = Trainer.build_model(cfg).train()
@@ -293,7 +299,9 @@ def benchmark_memory(args: argparse.Namespace) -> dict:
     for precision in () if args.no_step else ("float32", "bfloat16"):
         print(f"measuring a training step, {precision}", file=sys.stderr)
         results["steps"].append(
-            time_training_step(args.config_file, args.device, precision, 512, 2, args.steps)
+            time_training_step(
+                args.config_file, args.device, precision, 512, 2, args.steps, args.opts
+            )
         )
 
     print(
@@ -373,6 +381,7 @@ def add_commands(parts) -> list[argparse.ArgumentParser]:
     memory.add_argument("--steps", type=int, default=3, help="training steps that are timed (3)")
     memory.add_argument("--no-step", action="store_true", help="leave the training step out")
     memory.add_argument("--config-file", default=str(CONFIG), help="of the training step")
+    memory.add_opts("MODEL.MCIBI.CONTEXT aspp")
     memory.set_defaults(run=benchmark_memory)
     attention = parts.add_parser("attention", help="reading the memory")
     attention.add_argument("--repeats", type=int, default=5, help="of each call (5)")
