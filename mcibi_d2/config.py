@@ -168,8 +168,8 @@ def add_mcibi_config(cfg: CN) -> None:
     cfg.INPUT.COLOR_AUG_SSD = True
 
     # Size of test images. shortest_edge: MIN_SIZE_TEST and MAX_SIZE_TEST (MIN_SIZE_TEST 0: their
-    # own size). fixed: FIXED_SIZE_TEST. cityscapes: 1024 for the shorter side (section 4.1). Of the
-    # last two MIN_SIZE_TEST should be 0, or DefaultPredictor resizes to it before.
+    # own size). fixed: FIXED_SIZE_TEST; MIN_SIZE_TEST should be 0 then, or DefaultPredictor resizes
+    # to it before.
     cfg.INPUT.TEST_RESIZE = "shortest_edge"
     # Of TEST_RESIZE fixed: (height, width), whatever the image's ratio (LIP).
     cfg.INPUT.FIXED_SIZE_TEST = (473, 473)
@@ -230,9 +230,6 @@ def add_mcibi_config(cfg: CN) -> None:
     cfg.TEST.AUG.SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
     # Whether augmentations are averaged as probabilities or as logits (released on LIP).
     cfg.TEST.AUG.SOFTMAX = True
-    # An image whose logits would take more MiB at its own size gets its labels without them ever
-    # being there together. 0: every image.
-    cfg.TEST.MEMORY_BUDGET_MB = 1024
     # Measure boundary IoU (Cheng et al., CVPR 2021; within 0.02 of the image's diagonal), too.
     cfg.TEST.BOUNDARY_IOU = False
     # After every evaluation, so many images of the first test set go to TensorBoard and to

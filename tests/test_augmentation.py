@@ -290,8 +290,7 @@ def test_image_and_labels_are_moved_alike(tmp_path):
         (["MIN_SIZE_TEST", "60", "MAX_SIZE_TEST", "100"], (30, 75), (40, 100)),
         (["TEST_RESIZE", "fixed"], (30, 70), (473, 473)),
         (["TEST_RESIZE", "fixed", "FIXED_SIZE_TEST", "(40, 50)"], (30, 70), (40, 50)),
-        (["TEST_RESIZE", "cityscapes", "MAX_SIZE_TEST", "100"], (30, 70), (1024, 2389)),
-        (["TEST_RESIZE", "cityscapes"], (1024, 2048), (1024, 2048)),
+        (["MIN_SIZE_TEST", "1024", "MAX_SIZE_TEST", "1000000"], (30, 70), (1024, 2389)),
     ],
 )
 def test_sizes_at_test_time(tmp_path, options, size, expected):
@@ -304,7 +303,8 @@ def test_sizes_at_test_time(tmp_path, options, size, expected):
 @pytest.mark.parametrize(
     "key, value, message",
     [
-        ("TEST_RESIZE", "big", "expected one of shortest_edge, fixed, cityscapes"),
+        ("TEST_RESIZE", "big", "expected one of shortest_edge, fixed"),
+        ("TEST_RESIZE", "cityscapes", "shortest_edge with INPUT.MIN_SIZE_TEST 1024 and INPUT.MAX"),
         ("CROP.SIZE", "(3,)", r"expected \(height, width\)"),
         ("CROP.SIZE", "(0.5, 0.5)", r"expected \(height, width\) in pixels"),
         ("FIXED_SIZE_TEST", "(0, 473)", r"expected \(height, width\) in pixels"),

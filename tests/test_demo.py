@@ -48,9 +48,8 @@ def picture(number=0):
         ["INPUT.FORMAT", "BGR"],
         ["INPUT.MIN_SIZE_TEST", "97"],
         ["TEST.INFERENCE", "slide", "TEST.SLIDE.WINDOW", "(64,80)", "TEST.SLIDE.STRIDE", "(40,50)"],
-        ["TEST.MEMORY_BUDGET_MB", "1"],
     ],
-    ids=["plain", "BGR", "resized", "slide", "budget"],
+    ids=["plain", "BGR", "resized", "slide"],
 )  # fmt: skip
 def test_predictor_says_what_detectron2s_says(cfg, changes):
     cfg.merge_from_list(changes)
@@ -58,7 +57,6 @@ def test_predictor_says_what_detectron2s_says(cfg, changes):
     found = Predictor(cfg)(image)
     # Detectron2's own predictor resizes by the shortest edge only, which 0 switches off there too.
     plain = cfg.clone()
-    plain.TEST.MEMORY_BUDGET_MB = 1024
     if not plain.INPUT.MIN_SIZE_TEST:
         plain.INPUT.MIN_SIZE_TEST, plain.INPUT.MAX_SIZE_TEST = min(image.shape[:2]), 10000
     logits = DefaultPredictor(plain)(image)["sem_seg"]

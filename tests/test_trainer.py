@@ -329,7 +329,7 @@ def test_processes_end_with_equal_weights_and_memories(tmp_path):
         ([], ["--num-gpus", "0"], "--num-gpus is 0"),
         (["MODEL.DEVICE", "gpu"], [], "MODEL.DEVICE is 'gpu', expected cuda, cpu"),
         (["SOLVER.MAX_ITER", "0"], [], "SOLVER.MAX_ITER is 0, expected at least 1"),
-        (["INPUT.TEST_RESIZE", "big"], [], "'big', expected one of shortest_edge, fixed, citys"),
+        (["INPUT.TEST_RESIZE", "big"], [], "'big', expected one of shortest_edge, fixed"),
         (["MODEL.SEM_SEG_HEAD.IGNORE_VALUE", "254"], [], "is 254, but scenes_train ignores 255"),
         (["MODEL.SEM_SEG_HEAD.IGNORE_VALUE", "-1"], [], r"VALUE is -1, expected 0\.\.65535"),
         (["DATASETS.TRAIN", "('ade20k_150_train',)", "MODEL.SEM_SEG_HEAD.NUM_CLASSES", "150"], [],

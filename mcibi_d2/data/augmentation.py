@@ -4,7 +4,6 @@ The order of training is that of the released code: scale, crop, flip, rotation,
 """
 
 import random
-import sys
 from collections.abc import Sequence
 
 import cv2
@@ -14,11 +13,11 @@ from detectron2.projects.point_rend import ColorAugSSDTransform
 from fvcore.transforms.transform import HFlipTransform, NoOpTransform, PadTransform, Transform
 from PIL import Image
 
+from ..input_size import build_test_resize
+
 # What build_train_augmentation knows of INPUT.RANDOM_FLIP, and of INPUT.CROP.TYPE.
 FLIPS = ("none", "horizontal", "vertical")
 CROP_TYPES = ("absolute",)
-TEST_RESIZES = ("shortest_edge", "fixed", "cityscapes")
-CITYSCAPES_SHORTER_SIDE = 1024
 
 
 class SemSegInput(T.AugInput):
@@ -327,47 +326,6 @@ class ColorJitter(T.Augmentation):
         return ColorJitterTransform(self.img_format)
 
 
-class OpenCVResize(T.Augmentation):
-    """Another augmentation's resizing, done by OpenCV: bilinear, with aliasing.
-
-    Args:
-        resize: whose transforms are Detectron2's ``ResizeTransform``.
-    """
-
-    def __init__(self, resize: T.Augmentation):
-        super().__init__()
-        self.resize = resize
-
-    def get_transform(self, image: np.ndarray) -> Transform:
-        """The resizing of ``image`` (H, W, C)."""
-        return OpenCVResizeTransform(self.resize.get_transform(image))
-
-
-class OpenCVResizeTransform(Transform):
-    """See :class:`OpenCVResize`.
-
-    Args:
-        resize: to which size.
-    """
-
-    def __init__(self, resize: T.ResizeTransform):
-        super().__init__()
-        self.resize = resize
-
-    def apply_image(self, image: np.ndarray) -> np.ndarray:
-        """Bilinear."""
-        size = (self.resize.new_w, self.resize.new_h)
-        return cv2.resize(image, size, interpolation=cv2.INTER_LINEAR)
-
-    def apply_segmentation(self, segmentation: np.ndarray) -> np.ndarray:
-        """Nearest neighbour."""
-        return self.resize.apply_segmentation(segmentation)
-
-    def apply_coords(self, coords: np.ndarray) -> np.ndarray:
-        """Move (x, y) points."""
-        return self.resize.apply_coords(coords)
-
-
 class ColorPadTransform(PadTransform):
     """fvcore's padding, with a colour.
 
@@ -454,22 +412,6 @@ def build_train_augmentation(cfg) -> list[T.Augmentation]:
 
 
 def build_test_augmentation(cfg) -> list[T.Augmentation]:
-    """The test size by ``INPUT.TEST_RESIZE``.
-
-    ``shortest_edge``: the shorter side is ``INPUT.MIN_SIZE_TEST`` (0: the image's own size), the
-    longer one at most ``INPUT.MAX_SIZE_TEST``. ``fixed``: ``INPUT.FIXED_SIZE_TEST``, whatever the
-    image's ratio. ``cityscapes``: the shorter side is 1024 (paper, section 4.1). OpenCV resizes
-    with ``TEST.RELEASED``, else Pillow.
-    """
-    match cfg.INPUT.TEST_RESIZE:
-        case "fixed":
-            resize = T.Resize(tuple(cfg.INPUT.FIXED_SIZE_TEST))
-        case "cityscapes":
-            shortest, longest = [CITYSCAPES_SHORTER_SIDE] * 2, sys.maxsize
-            resize = T.ResizeShortestEdge(shortest, longest, "choice")
-        case _ if cfg.INPUT.MIN_SIZE_TEST == 0:
-            return []
-        case _:
-            shortest, longest = [cfg.INPUT.MIN_SIZE_TEST] * 2, cfg.INPUT.MAX_SIZE_TEST
-            resize = T.ResizeShortestEdge(shortest, longest, "choice")
-    return [OpenCVResize(resize) if cfg.TEST.RELEASED else resize]
+    """The resizing of :func:`~mcibi_d2.input_size.build_test_resize`, if there is one."""
+    resize = build_test_resize(cfg)
+    return [] if resize is None else [resize]

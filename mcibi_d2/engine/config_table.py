@@ -10,8 +10,9 @@ from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY, SEM_SEG_H
 from detectron2.solver.build import GradientClipType
 from detectron2.utils.registry import Registry
 
-from ..data.augmentation import CROP_TYPES, FLIPS, TEST_RESIZES
+from ..data.augmentation import CROP_TYPES, FLIPS
 from ..data.mapper import IMAGE_FORMATS
+from ..input_size import TEST_RESIZES, WITHOUT_CITYSCAPES
 from ..modeling.backbones import NORMS as BACKBONE_NORMS
 from ..modeling.backbones import VARIANTS
 from ..modeling.fusion import FUSIONS
@@ -117,9 +118,11 @@ class Choice(Rule):
 
     Args:
         allowed: the values, or where they are registered.
+        note: what else to say where another value was found.
     """
 
     allowed: Collection | Registry
+    note: str = ""
 
     @property
     def values(self) -> list:
@@ -130,7 +133,8 @@ class Choice(Rule):
 
     def describe(self) -> str:
         """See :class:`Rule`."""
-        return f"one of {', '.join(str(x) if x != '' else repr(x) for x in self.values)}"
+        names = ", ".join(str(x) if x != "" else repr(x) for x in self.values)
+        return f"one of {names}" + (f" ({self.note})" if self.note else "")
 
     def accepts(self, value: object) -> bool:
         """See :class:`Rule`; 1 is not True."""
@@ -383,7 +387,7 @@ TABLE: dict[str, Rule] = dict(
                 "ROTATION_DEGREES": Number(0, 180),
                 "ROTATION_PROB": _share,
                 "COLOR_AUG_SSD": _switch,
-                "TEST_RESIZE": Choice(TEST_RESIZES),
+                "TEST_RESIZE": Choice(TEST_RESIZES, WITHOUT_CITYSCAPES),
                 "FIXED_SIZE_TEST": _size,
             },
         ),
@@ -487,7 +491,6 @@ TABLE: dict[str, Rule] = dict(
                 "SLIDE.WEIGHTS": Choice(WINDOW_WEIGHTS),
                 "SLIDE.ACCUMULATE_ON_CPU": _switch,
                 "SLIDE.BATCH_SIZE": Whole(1, 65536),
-                "MEMORY_BUDGET_MB": Number(0, 10**9),
                 "BOUNDARY_IOU": _switch,
                 "VIS_IMAGES": Whole(0, 10000),
             },
@@ -500,6 +503,8 @@ REMOVED: dict[str, str] = {
     # Of Detectron2's first version.
     "MODEL.WEIGHT": "MODEL.WEIGHTS",
     "TEST.AUG_ON": "TEST.AUG.ENABLED",
+    "TEST.MEMORY_BUDGET_MB": "none: the model gives logits of every size, and labels instead where "
+    "labels_only is set",
 }
 
 

@@ -16,6 +16,7 @@ from ..data import SemSegMapper, read_image
 from ..data.labels import read_labels
 from ..data.own import palette
 from ..evaluation import MemoryContents
+from ..modeling.segmentor import labels_only
 from ..visualization import comparison_sheet, cosines_figure, norms_figure, png, rgb
 from .checkpoint import replacing
 from .memory_hooks import find_memories
@@ -85,7 +86,7 @@ def overlays(cfg: CfgNode, model: nn.Module, count: int) -> Figure:
     records, metadata = DatasetCatalog.get(name), MetadataCatalog.get(name)
     count = min(count, len(records))
     mapper, rows = SemSegMapper(cfg, False), []
-    with inference_context(model), torch.no_grad():
+    with inference_context(model), labels_only(model), torch.no_grad():
         for record in (records[i * len(records) // count] for i in range(count)):
             result = model([mapper(record)])[0]
             labels = result["labels"] if "labels" in result else result["sem_seg"].argmax(dim=0)

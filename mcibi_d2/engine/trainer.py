@@ -7,7 +7,6 @@ import math
 import os
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterator
 
 import torch
 from detectron2.data import (
@@ -27,6 +26,7 @@ from ..data import SemSegMapper, build_train_loader, register_own_dataset
 from ..data.loader import move_to_iteration
 from ..errors import InputError
 from ..evaluation import SemanticSegmentorWithTTA, SemSegEvaluator
+from ..modeling.segmentor import labels_only
 from .batch_norm_hook import AverageStatisticsHook
 from .checkpoint import Checkpointer, replacing
 from .config_check import check_number_of_classes, check_values
@@ -288,7 +288,7 @@ class Trainer(DefaultTrainer):
             evaluators = [evaluators]
         with contextlib.ExitStack() as stack:
             if all(isinstance(evaluator, SemSegEvaluator) for evaluator in evaluators):
-                stack.enter_context(_labels_only(model))
+                stack.enter_context(labels_only(model))
             try:
                 return super().test(cfg, model, evaluators)
             except InputError as error:
@@ -343,20 +343,6 @@ class Trainer(DefaultTrainer):
     def build_lr_scheduler(cls, cfg, optimizer: torch.optim.Optimizer):
         """See :func:`mcibi_d2.engine.build_lr_scheduler`."""
         return build_lr_scheduler(cfg, optimizer)
-
-
-@contextlib.contextmanager
-def _labels_only(model: nn.Module) -> Iterator[None]:
-    """Let a model that can give labels instead of logits."""
-    model = model.module if isinstance(model, DistributedDataParallel) else model
-    if not hasattr(model, "labels_only"):
-        yield
-        return
-    before, model.labels_only = model.labels_only, True
-    try:
-        yield
-    finally:
-        model.labels_only = before
 
 
 class KeepBest(HookBase):

@@ -22,14 +22,14 @@ class SemanticSegmentorWithTTA(nn.Module):
     In this order, for each scale, plain and mirrored: the file's image is resized (not the image
     that was resized for the test already), mirrored, run through the model, in windows if the model
     does so, brought to the size of the result, mirrored back with left and right classes exchanged,
-    turned into probabilities by a softmax, and added up. Memory does not grow with the number of
-    augmentations, but for images beyond the memory budget, whose labels are made by strips from
-    the small logits of all augmentations.
+    turned into probabilities by a softmax, and added up. Labels alone are made by bands of rows,
+    from the small logits of all augmentations.
 
     It takes the place of the model in ``inference_on_dataset``.
 
     Attributes:
-        labels_only: give labels instead of probabilities for every image.
+        labels_only: give labels instead of probabilities. Of a model with ``score_maps`` these are
+            never all there then.
 
     Args:
         cfg: a config; or the following, by name.
@@ -40,7 +40,6 @@ class SemanticSegmentorWithTTA(nn.Module):
         flip_pairs: pairs of classes that a mirror exchanges, for inputs whose data set (their
             ``dataset_name``) has no ``flip_pairs`` in its metadata.
         image_format: ``RGB`` or ``BGR``.
-        memory_budget_mb: MiB that the probabilities of an image may take.
         softmax: whether probabilities are added up, or logits.
         released: as the authors' released code: the resized image is scaled, bilinearly, and the
             softmax is before the resizing of the result.
@@ -55,7 +54,6 @@ class SemanticSegmentorWithTTA(nn.Module):
         flip: bool = True,
         flip_pairs: Sequence[Sequence[int]] = (),
         image_format: str = "RGB",
-        memory_budget_mb: float = 1024,
         softmax: bool = True,
         released: bool = False,
     ):
@@ -66,7 +64,6 @@ class SemanticSegmentorWithTTA(nn.Module):
         self.flip = flip
         self.flip_pairs = flip_pairs
         self.image_format = image_format
-        self.memory_budget_mb = memory_budget_mb
         self.softmax = softmax
         self.released = released
         self.labels_only = False
@@ -82,7 +79,6 @@ class SemanticSegmentorWithTTA(nn.Module):
             "flip": cfg.TEST.AUG.FLIP,
             "flip_pairs": pairs,
             "image_format": cfg.INPUT.FORMAT,
-            "memory_budget_mb": cfg.TEST.MEMORY_BUDGET_MB,
             "softmax": cfg.TEST.AUG.SOFTMAX,
             "released": cfg.TEST.RELEASED,
         }
@@ -95,38 +91,40 @@ class SemanticSegmentorWithTTA(nn.Module):
             batched_inputs: as for :class:`MCIBISegmentor`, with ``file_name`` where there is one.
 
         Returns:
-            One dict per image, with ``labels`` (height, width) under the conditions of
-            :class:`MCIBISegmentor`, else ``sem_seg`` (K, height, width), the mean probabilities
-            (or logits).
+            One dict per image, with ``sem_seg`` (K, height, width), the mean probabilities (or
+            logits), or, with ``labels_only``, ``labels`` (height, width).
         """
         return [self._forward_one(x) for x in batched_inputs]
 
     def _forward_one(self, x: dict) -> dict:
-        kept: list[ScoreMap] = []
+        if hasattr(self.model, "at_test_size"):
+            x = self.model.at_test_size(x)
+        maps = self._maps(x)
+        if self.labels_only and hasattr(self.model, "score_maps"):
+            return {"labels": SumMap(list(maps)).labels()}
         total, count = None, 0
-        for image, mirrored in self._augmented(x):
-            height, width = _out_size(x)
-            scores = self._scores({"image": image, "height": height, "width": width})
-            swapped = self._swapped(x, scores) if mirrored else None
-            scores = AugmentedMap(scores, swapped, self.softmax and not self.released)
-            count += 1
-            if scores.nbytes > self.memory_budget_mb * 2**20:
-                kept.append(scores)
-                continue
+        for scores in maps:
             if total is None:
                 total = torch.zeros((scores.num_classes, *scores.size), device=scores.device)
             for start, stop in scores.bands():
                 total[:, start:stop] += scores.rows(start, stop)
-        if kept:
-            return {"labels": SumMap(kept).labels()}
-        if not self.labels_only:
-            return {"sem_seg": total.div_(count)}
-        return {"labels": torch.cat([best_class(total[:, a:b]) for a, b in scores.bands()])}
+            count += 1
+        if self.labels_only:
+            return {"labels": torch.cat([best_class(total[:, a:b]) for a, b in scores.bands()])}
+        return {"sem_seg": total.div_(count)}
+
+    def _maps(self, x: dict) -> Iterator[ScoreMap]:
+        """What each augmentation says, one after the other."""
+        height, width = _out_size(x)
+        for image, mirrored in self._augmented(x):
+            scores = self._scores({"image": image, "height": height, "width": width})
+            swapped = self._swapped(x, scores) if mirrored else None
+            yield AugmentedMap(scores, swapped, self.softmax and not self.released)
 
     def _scores(self, x: dict) -> ScoreMap:
         early = self.softmax and self.released
         if hasattr(self.model, "score_maps"):
-            return self.model.score_maps([x], probabilities=early)[0]
+            return self.model.score_maps([x], probabilities=early, resize=False)[0]
         logits = self.model([x])[0]["sem_seg"]
         if early:
             logits = logits.softmax(dim=0)

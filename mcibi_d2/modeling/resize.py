@@ -22,7 +22,8 @@ def resize_logits(
     Returns:
         (K, height, width) float32.
     """
-    logits = logits[None].float()
+    # Of channels-last logits torch makes the large map at a fifth of the speed.
+    logits = logits[None].float().contiguous()
     if tuple(padded_size) == tuple(size):
         return F.interpolate(logits, size=out_size, mode="bilinear", align_corners=False)[0]
     # The whole map is scaled so that the image alone gets `out_size`; the rest is cut away. The

@@ -1,8 +1,8 @@
 """The meta-architecture: normalise -> backbone -> head -> resize, for the image or for windows."""
 
-import sys
+import contextlib
+from collections.abc import Iterator
 
-import cv2
 import numpy as np
 import torch
 from detectron2.config import configurable
@@ -15,7 +15,9 @@ from detectron2.modeling import (
 )
 from detectron2.structures import ImageList
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
+from ..input_size import build_test_resize
 from .score_maps import ResizedMap, ScoreMap
 from .sliding import SlidingWindow, WindowedMap
 
@@ -29,12 +31,11 @@ class MCIBISegmentor(nn.Module):
 
     Unlike Detectron2's ``SemanticSegmentor`` it brings the logits from the head's stride to the
     size of the image in one interpolation, whatever the padding, and makes no full-size tensor
-    in between. Where the result would exceed ``memory_budget_mb``, it gives labels instead of
-    logits.
+    in between.
 
     Attributes:
-        labels_only: give labels instead of logits for every image. They are made several times
-            faster, and in a fraction of the memory.
+        labels_only: give labels instead of logits. They are made several times faster, and in a
+            fraction of the memory; see :func:`labels_only`.
 
     Args:
         backbone: a Detectron2 backbone.
@@ -42,11 +43,12 @@ class MCIBISegmentor(nn.Module):
         pixel_mean: per channel, in the order and range (0..255) of the input.
         pixel_std: per channel.
         sliding: how images are cut into windows at test time; None: they are not.
-        memory_budget_mb: MiB that the logits of an image may take at its own size.
         released: bring logits to the size of the image with its padding instead of cutting that
             off, as the authors' released code does it. For one image at a time.
         test_resize: to what images are resized at test time that come with ``height`` and ``width``
-            and do not have this size yet.
+            and do not have this size yet. From a config it is ``INPUT.FIXED_SIZE_TEST`` of
+            ``INPUT.TEST_RESIZE fixed``, which ``DefaultPredictor`` and Detectron2's mapper do not
+            know; they bring images to ``shortest_edge`` themselves.
     """
 
     @configurable
@@ -58,7 +60,6 @@ class MCIBISegmentor(nn.Module):
         pixel_mean: tuple[float, ...],
         pixel_std: tuple[float, ...],
         sliding: SlidingWindow | None = None,
-        memory_budget_mb: float = 1024,
         released: bool = False,
         test_resize: T.Augmentation | None = None,
     ):
@@ -68,7 +69,6 @@ class MCIBISegmentor(nn.Module):
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), False)
         self.sliding = sliding
-        self.memory_budget_mb = memory_budget_mb
         self.released = released
         self.test_resize = test_resize
         self.labels_only = False
@@ -76,7 +76,7 @@ class MCIBISegmentor(nn.Module):
     @classmethod
     def from_config(cls, cfg) -> dict:
         """Arguments of ``__init__`` from a config."""
-        backbone = build_backbone(cfg)
+        backbone, test_resize = build_backbone(cfg), build_test_resize(cfg)
         slide = cfg.TEST.SLIDE
         sliding = SlidingWindow(
             tuple(slide.WINDOW),
@@ -92,9 +92,8 @@ class MCIBISegmentor(nn.Module):
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,
             "pixel_std": cfg.MODEL.PIXEL_STD,
             "sliding": sliding if cfg.TEST.INFERENCE == "slide" else None,
-            "memory_budget_mb": cfg.TEST.MEMORY_BUDGET_MB,
             "released": cfg.TEST.RELEASED,
-            "test_resize": _test_resize(cfg),
+            "test_resize": test_resize if cfg.INPUT.TEST_RESIZE == "fixed" else None,
         }
 
     @property
@@ -122,12 +121,12 @@ class MCIBISegmentor(nn.Module):
                 - ``height``, ``width``: size of the result, in inference; default: the image's.
 
         Returns:
-            The losses in training. Else one dict per image, with one of
+            The losses in training. Else one dict per image, with
 
             - ``sem_seg``: (K, height, width) float32, the logits;
-            - ``labels``: (height, width), the class of the largest logit, uint8 up to 255 classes,
-              else int32; K, which is no class, where a logit is NaN. Instead of ``sem_seg`` where
-              it would exceed the memory budget, and with ``labels_only``.
+            - with ``labels_only`` instead ``labels``: (height, width), the class of the largest
+              logit, uint8 up to 255 classes, else int32; K, which is no class, where a logit is
+              NaN.
         """
         if self.training:
             images = self.preprocess(batched_inputs)
@@ -139,24 +138,24 @@ class MCIBISegmentor(nn.Module):
             _, losses = self.sem_seg_head(features, targets)
             return losses
 
-        results = []
-        if self.test_resize is not None:
-            batched_inputs = [self._resized(x) for x in batched_inputs]
-        for scores in self.score_maps(batched_inputs):
-            if self.labels_only or scores.nbytes > self.memory_budget_mb * 2**20:
-                results.append({"labels": scores.labels()})
-            else:
-                results.append({"sem_seg": scores.scores()})
-        return results
+        maps = self.score_maps(batched_inputs)
+        if self.labels_only:
+            return [{"labels": scores.labels()} for scores in maps]
+        return [{"sem_seg": scores.scores()} for scores in maps]
 
-    def score_maps(self, batched_inputs: list[dict], probabilities: bool = False) -> list[ScoreMap]:
+    def score_maps(
+        self, batched_inputs: list[dict], probabilities: bool = False, resize: bool = True
+    ) -> list[ScoreMap]:
         """The logits of each image of a batch at its own size, not made yet.
 
         Args:
             batched_inputs: as of :meth:`forward`.
             probabilities: turn the logits of whole images into probabilities before they are
                 resized. (Of windows, ``sliding`` says what is averaged.)
+            resize: whether images are brought to the test size first, see :meth:`at_test_size`.
         """
+        if resize:
+            batched_inputs = [self.at_test_size(x) for x in batched_inputs]
         if self.sliding is not None:
             return [self._slide(x) for x in batched_inputs]
         logits, images = self._logits(batched_inputs)
@@ -170,12 +169,12 @@ class MCIBISegmentor(nn.Module):
             )
         ]
 
-    def _resized(self, x: dict) -> dict:
-        """An input at the test size, as :class:`SemSegMapper` makes it, which others do not.
+    def at_test_size(self, x: dict) -> dict:
+        """An input at ``test_resize``, as :class:`SemSegMapper` makes it, which others do not.
 
         One that does not say how large its file is, is no test image, and stays as it is.
         """
-        if "height" not in x:
+        if self.test_resize is None or "height" not in x:
             return x
         size = tuple(x["image"].shape[1:])
         resize = self.test_resize.get_transform(np.empty((*size, 3), dtype=np.uint8))
@@ -183,10 +182,7 @@ class MCIBISegmentor(nn.Module):
             return x
         # `DefaultPredictor` gives bytes as floats, which would be resized in another way.
         image = x["image"].permute(1, 2, 0).round().clamp(0, 255).byte().cpu().numpy()
-        if self.released:
-            image = cv2.resize(image, (resize.new_w, resize.new_h))
-        else:
-            image = resize.apply_image(image)
+        image = resize.apply_image(image)
         image = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
         return {**x, "image": image}
 
@@ -220,12 +216,15 @@ def _out_size(x: dict) -> tuple[int, int]:
     return x.get("height", height), x.get("width", width)
 
 
-def _test_resize(cfg) -> T.Augmentation | None:
-    """The rules of ``INPUT.TEST_RESIZE`` that Detectron2's ``DefaultPredictor`` does not know."""
-    match cfg.INPUT.TEST_RESIZE:
-        case "fixed":
-            return T.Resize(tuple(cfg.INPUT.FIXED_SIZE_TEST))
-        case "cityscapes":
-            return T.ResizeShortestEdge([1024] * 2, sys.maxsize, "choice")
-        case _:
-            return None
+@contextlib.contextmanager
+def labels_only(model: nn.Module) -> Iterator[None]:
+    """Let a model that can (one with ``labels_only``) give labels instead of logits in a block."""
+    model = model.module if isinstance(model, DistributedDataParallel) else model
+    if not hasattr(model, "labels_only"):
+        yield
+        return
+    before, model.labels_only = model.labels_only, True
+    try:
+        yield
+    finally:
+        model.labels_only = before
