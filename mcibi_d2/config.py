@@ -149,6 +149,9 @@ def add_mcibi_config(cfg: CN) -> None:
     # True: the next good one of the training order takes its place; it is logged, counted over all
     # processes, and reported at the end.
     cfg.DATALOADER.SKIP_BAD = False
+    # Seconds to wait for a batch of the workers (DATALOADER.NUM_WORKERS), in training and testing;
+    # then the run ends with a sentence. 0: wait for ever.
+    cfg.DATALOADER.TIMEOUT = 600
 
     # --- Augmentation, in this order; INPUT.CROP, INPUT.RANDOM_FLIP are Detectron2's own.
     # Random scale, as a factor of SCALE_BASE; (1.0, 1.0) for none.

@@ -1,5 +1,6 @@
 """The order of training: a stream of samples that is a function of the seed alone."""
 
+import math
 import random
 from collections.abc import Callable, Iterable, Iterator
 
@@ -9,16 +10,23 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data import (
     DatasetCatalog,
-    build_detection_test_loader,
-    build_detection_train_loader,
+    DatasetFromList,
+    MapDataset,
     get_detection_dataset_dicts,
 )
+from detectron2.data import transforms as T
+from detectron2.data.build import trivial_batch_collator, worker_init_reset_seed
+from detectron2.data.common import ToIterableDataset
+from detectron2.data.samplers import InferenceSampler
 from detectron2.utils import comm
+from detectron2.utils.file_io import PathManager
+from PIL import Image
 from torch.utils.data import Dataset, Sampler, get_worker_info
 
 from ..errors import InputError
 from .augmentation import build_test_augmentation
 from .mapper import SemSegMapper
+from .workers import WorkerLoader
 
 # So many bad samples in a row are not a few bad files, but a wrong folder.
 MAX_SKIPPED = 100
@@ -125,23 +133,96 @@ def build_train_loader(cfg, mapper: Callable[[dict], dict] | None = None):
         mapper: default: :class:`SemSegMapper`.
 
     Returns:
-        A ``DataLoader`` of Detectron2 that yields lists of ``IMS_PER_BATCH / processes`` samples.
+        A loader that yields lists of ``IMS_PER_BATCH / processes`` samples.
+
+    Raises:
+        InputError: while iterating: a sample or a worker is bad, or nothing came within
+            ``DATALOADER.TIMEOUT``.
     """
     records = get_detection_dataset_dicts(cfg.DATASETS.TRAIN, filter_empty=False)
-    return build_detection_train_loader(
-        TrainingStream(
-            records,
-            mapper or SemSegMapper(cfg, True),
-            max(cfg.SEED, 0),
-            cfg.DATALOADER.SKIP_BAD,
-        ),
-        mapper=None,
-        sampler=StreamSampler(0, comm.get_rank(), comm.get_world_size()),
-        total_batch_size=cfg.SOLVER.IMS_PER_BATCH,
-        aspect_ratio_grouping=False,
-        num_workers=cfg.DATALOADER.NUM_WORKERS,
-        pin_memory=torch.device(cfg.MODEL.DEVICE).type == "cuda",
+    stream = TrainingStream(
+        records,
+        mapper or SemSegMapper(cfg, True),
+        max(cfg.SEED, 0),
+        cfg.DATALOADER.SKIP_BAD,
     )
+    sampler = StreamSampler(0, comm.get_rank(), comm.get_world_size())
+    batch, rest = divmod(cfg.SOLVER.IMS_PER_BATCH, comm.get_world_size())
+    if rest:
+        raise InputError(
+            f"SOLVER.IMS_PER_BATCH is {cfg.SOLVER.IMS_PER_BATCH}, expected a multiple of the "
+            f"{comm.get_world_size()} processes"
+        )
+    return WorkerLoader(
+        ToIterableDataset(stream, sampler, shard_chunk_size=batch),
+        batch_size=batch,
+        drop_last=True,
+        worker_init_fn=worker_init_reset_seed,
+        pin_memory=torch.device(cfg.MODEL.DEVICE).type == "cuda",
+        sample_bytes=_sample_bytes(cfg, records, labels=True, train=True),
+        **_worker_options(cfg),
+    )
+
+
+def build_test_loader(
+    cfg, data: str | list[dict], mapper: Callable[[dict], dict] | None = None
+) -> WorkerLoader:
+    """Images as in testing, one at a time, shared out to the processes.
+
+    Args:
+        cfg: a config.
+        data: name of a data set, or records.
+        mapper: default: :class:`SemSegMapper`, which reads no labels.
+
+    Raises:
+        InputError: as of :func:`build_train_loader`.
+    """
+    records = data
+    if isinstance(data, str):
+        records = get_detection_dataset_dicts(data, filter_empty=False)
+    mapper = mapper or SemSegMapper(cfg, False)
+    labels = getattr(mapper, "is_train", False)
+    return WorkerLoader(
+        MapDataset(DatasetFromList(records, copy=False), mapper),
+        batch_size=1,
+        sampler=InferenceSampler(len(records)),
+        sample_bytes=_sample_bytes(cfg, records, labels, train=False),
+        **_worker_options(cfg),
+    )
+
+
+def _worker_options(cfg: CfgNode) -> dict:
+    return {
+        "num_workers": cfg.DATALOADER.NUM_WORKERS,
+        "timeout": cfg.DATALOADER.TIMEOUT,
+        "collate_fn": trivial_batch_collator,
+    }
+
+
+def _sample_bytes(cfg: CfgNode, records: list[dict], labels: bool, train: bool) -> int | None:
+    """Bytes of the tensors of a large sample, from the headers of a few files; None: not known."""
+    if cfg.DATALOADER.NUM_WORKERS == 0:
+        return None
+    channels = 3 + 8 * labels  # these are long integers
+    if train and cfg.INPUT.CROP.ENABLED:
+        return channels * cfg.INPUT.CROP.SIZE[0] * cfg.INPUT.CROP.SIZE[1]
+    resize = T.AugmentationList([] if train else build_test_augmentation(cfg))
+    largest = 0
+    for record in records[:: -(-len(records) // 8)]:
+        try:
+            with PathManager.open(record["file_name"], "rb") as file, Image.open(file) as image:
+                width, height = image.size
+        except Exception:
+            continue  # whoever reads it will say so
+        if train:
+            base = cfg.INPUT.SCALE_BASE if any(cfg.INPUT.SCALE_BASE) else (height, width)
+            height, width = (cfg.INPUT.SCALE_RANGE[1] * side for side in base)
+        else:
+            # Not filled, so that it takes no memory.
+            transforms = resize(T.AugInput(np.empty((height, width, 3), dtype=np.uint8)))
+            width, height = transforms.apply_coords(np.array([[width, height]], dtype=float))[0]
+        largest = max(largest, math.ceil(height) * math.ceil(width))
+    return channels * largest or None
 
 
 def move_to_iteration(data_loader: Iterable, cfg, seed: int, iteration: int) -> None:
@@ -190,6 +271,4 @@ def build_labelled_loader(
         dataset_name=dataset_name,
         own_config=cfg if cfg.DATASETS.OWN.NAME else None,
     )
-    return build_detection_test_loader(
-        records, mapper=mapper, num_workers=cfg.DATALOADER.NUM_WORKERS
-    )
+    return build_test_loader(cfg, records, mapper)

@@ -431,6 +431,7 @@ TABLE: dict[str, Rule] = dict(
                 "REPEAT_SQRT": _switch,
                 "FILTER_EMPTY_ANNOTATIONS": _switch,
                 "SKIP_BAD": _switch,
+                "TIMEOUT": Whole(0, 10**6),
             },
         ),
         *_section(

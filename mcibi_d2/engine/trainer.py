@@ -9,11 +9,7 @@ import weakref
 from collections import OrderedDict
 
 import torch
-from detectron2.data import (
-    MetadataCatalog,
-    build_detection_test_loader,
-    get_detection_dataset_dicts,
-)
+from detectron2.data import MetadataCatalog
 from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, hooks
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
@@ -22,7 +18,7 @@ from detectron2.utils.logger import setup_logger
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..data import SemSegMapper, build_train_loader, register_own_dataset
+from ..data import build_test_loader, build_train_loader, register_own_dataset
 from ..data.loader import move_to_iteration
 from ..errors import InputError
 from ..evaluation import SemanticSegmentorWithTTA, SemSegEvaluator
@@ -256,12 +252,7 @@ class Trainer(DefaultTrainer):
     @classmethod
     def build_test_loader(cls, cfg, dataset_name: str):
         """Images only, one at a time: the evaluator reads the labels."""
-        # Not from the config, with which Detectron2 may read pickles (MODEL.LOAD_PROPOSALS).
-        return build_detection_test_loader(
-            get_detection_dataset_dicts(dataset_name, filter_empty=False),
-            mapper=SemSegMapper(cfg, False),
-            num_workers=cfg.DATALOADER.NUM_WORKERS,
-        )
+        return build_test_loader(cfg, dataset_name)
 
     @classmethod
     def build_evaluator(

@@ -17,13 +17,14 @@ import numpy as np
 from detectron2.data import Metadata, MetadataCatalog
 from matplotlib.figure import Figure
 from tabulate import tabulate
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from mcibi_d2 import InputError
 from mcibi_d2.data import SemSegMapper
 from mcibi_d2.data.datasets import SplitFiles, check_registered, load_records, split_files
 from mcibi_d2.data.own import left_out, palette
+from mcibi_d2.data.workers import WorkerLoader
 from mcibi_d2.engine import load_config
 from mcibi_d2.tools.command import ToolParser, run_tool
 from mcibi_d2.visualization import blend, comparison_sheet
@@ -126,7 +127,9 @@ def check(name: str, workers: int, folder: Path) -> bool:
         raise InputError(f"{files.images_in}: holds no image")
     data = _Check(name, records)
     workers = min(workers, len(records))
-    loader = DataLoader(data, batch_size=None, num_workers=workers, collate_fn=_as_it_is)
+    loader = WorkerLoader(
+        data, batch_size=None, num_workers=workers, collate_fn=_as_it_is, workers_key="--workers"
+    )
     pixels = np.zeros(len(metadata.stuff_classes) + 1, np.int64)
     images = np.zeros_like(pixels)
     readable = []

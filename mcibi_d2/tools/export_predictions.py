@@ -15,12 +15,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, MetadataCatalog, build_detection_test_loader
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.file_io import PathManager
 from tqdm import tqdm
 
 from mcibi_d2 import InputError
-from mcibi_d2.data import SemSegMapper
+from mcibi_d2.data import build_test_loader
 from mcibi_d2.engine import load_config
 from mcibi_d2.engine.checkpoint import check_weights_exist
 from mcibi_d2.engine.setup import check_config
@@ -96,9 +96,7 @@ def predict(cfg: CfgNode, records: list[dict], files: ServerFiles) -> None:
     if cfg.TEST.AUG.ENABLED:
         model = SemanticSegmentorWithTTA(cfg, model)
     model.labels_only = True
-    loader = build_detection_test_loader(
-        records, mapper=SemSegMapper(cfg, False), num_workers=cfg.DATALOADER.NUM_WORKERS
-    )
+    loader = build_test_loader(cfg, records)
     for inputs in tqdm(loader, desc="Predicting", unit="image"):
         for x in inputs:
             if files.form.size:
