@@ -18,6 +18,7 @@ from mcibi_d2.data.augmentation import (
     build_train_augmentation,
 )
 from mcibi_d2.engine import Checkpointer, Trainer, load_config
+from mcibi_d2.engine.config_table import TABLE
 from mcibi_d2.modeling import MCIBISegmentor
 
 FOLDER = ROOT / "configs"
@@ -34,6 +35,9 @@ RECIPES = {
     "coco_stuff/mcibi_R50": (118287, 30, 16, 0.01, 0.0005, (512, 512)),
     "coco_stuff_10k/mcibi_deeplabv3_R50": (9000, 110, 16, 0.001, 0.0001, (512, 512)),
 }
+# Sections of Detectron2 of which every key is in the table.
+SECTIONS = ("INPUT", "DATASETS", "DATALOADER", "SOLVER", "TEST", "MODEL.BACKBONE", "MODEL.RESNETS",
+            "MODEL.SEM_SEG_HEAD", "MODEL.MCIBI", "MODEL.TIMM")  # fmt: skip
 TABLE_5 = ("ade20k", "cityscapes", "lip", "coco_stuff")
 DATASETS = {name.partition("/")[0] for name in RECIPES}
 CONTEXTS = {"fcn": "none", "pspnet": "ppm", "ocrnet": "ocr", "deeplabv3": "aspp"}
@@ -292,6 +296,16 @@ def test_every_key_has_a_comment():
         if line.strip().startswith("cfg.") and "= CN()" not in line:
             above = [text.strip() for text in lines[max(0, number - 3) : number]]
             assert any(text.startswith("#") for text in above), line
+
+
+def test_every_key_has_a_rule():
+    plain, ours = get_cfg(), get_cfg()
+    add_mcibi_config(ours)
+    ours = dict(flatten(ours))
+    added = ours.keys() - dict(flatten(plain))
+    read = {key for key in ours if key.startswith(tuple(f"{name}." for name in SECTIONS))}
+    assert (added | read) - TABLE.keys() == set()
+    assert TABLE.keys() - ours.keys() == set()
 
 
 def test_unknown_key_of_a_file_names_file_and_neighbour(tmp_path):

@@ -94,14 +94,10 @@ class Number(Rule):
 
     def describe(self) -> str:
         """See :class:`Rule`."""
-        low = f"{self.least:g}"
-        high = "" if math.isinf(self.most) else f"{self.most:g}"
         if not self.above and not self.below:
-            return f"a number of {low}..{high}" if high else f"a number of at least {low}"
-        low = f"above {low}" if self.above else f"of at least {low}"
-        if not high:
-            return f"a number {low}"
-        return f"a number {low} and {'below' if self.below else 'at most'} {high}"
+            return f"a number of {self.least:g}..{self.most:g}"
+        low = f"above {self.least:g}" if self.above else f"of at least {self.least:g}"
+        return f"a number {low} and {'below' if self.below else 'at most'} {self.most:g}"
 
     def accepts(self, value: object) -> bool:
         """See :class:`Rule`; NaN is in no range."""
@@ -188,18 +184,20 @@ class Several(Rule):
 
 
 @dataclass(frozen=True)
-class NoneOr(Rule):
-    """None, or what another rule says."""
+class Or(Rule):
+    """One further value beside those of another rule."""
 
+    value: object
     rule: Rule
 
     def describe(self) -> str:
         """See :class:`Rule`."""
-        return f"None or {self.rule.describe()}"
+        return f"{self.value} or {self.rule.describe()}"
 
     def accepts(self, value: object) -> bool:
         """See :class:`Rule`."""
-        return value is None or self.rule.accepts(value)
+        same = type(value) is type(self.value) and value == self.value
+        return same or self.rule.accepts(value)
 
 
 @dataclass(frozen=True)
@@ -245,6 +243,7 @@ _size = Several("(height, width) in pixels", (2,), Whole(1, _PIXELS))
 _byte = Whole(0, 255)
 _colors = Several("a list", _ANY_COUNT, Several("[red, green, blue]", (3,), _byte))
 _label = Whole(0, 65535)
+_RESULT = Several("[task, metric, value, tolerance]", (4,), Anything())
 _source = Several("[images, labels] or [list or manifest]", (0, 1, 2), Text("a path"))
 
 
@@ -404,6 +403,8 @@ TABLE: dict[str, Rule] = dict(
                 "OWN.TRAIN": _source,
                 "OWN.VAL": _source,
                 "OWN.VAL_SHARE": _below_one,
+                "OWN.IMAGE_SUFFIX": _any_text,
+                "OWN.LABEL_SUFFIX": _any_text,
                 "OWN.EXCLUDED": _names,
                 "OWN.CLASS_NAMES": Several(
                     "a list of texts (quote numbers, yes and no)", _ANY_COUNT, Text("a name")
@@ -445,7 +446,7 @@ TABLE: dict[str, Rule] = dict(
                 "NESTEROV": _switch,
                 "WEIGHT_DECAY": _decay,
                 "WEIGHT_DECAY_NORM": _decay,
-                "WEIGHT_DECAY_BIAS": NoneOr(_decay),
+                "WEIGHT_DECAY_BIAS": Or(None, _decay),
                 "GAMMA": _share,
                 "STEPS": Several("rising iterations", _ANY_COUNT, Whole(1, _ITERATIONS)),
                 "NUM_DECAYS": Whole(0, 10000),
@@ -460,7 +461,7 @@ TABLE: dict[str, Rule] = dict(
                 "CLIP_GRADIENTS.ENABLED": _switch,
                 "CLIP_GRADIENTS.CLIP_TYPE": Choice([kind.value for kind in GradientClipType]),
                 "CLIP_GRADIENTS.CLIP_VALUE": Number(0, 10**6, above=True),
-                "CLIP_GRADIENTS.NORM_TYPE": Number(0, math.inf, above=True),
+                "CLIP_GRADIENTS.NORM_TYPE": Or(math.inf, Number(0, 100, above=True)),
                 "AMP.ENABLED": _switch,
                 "AMP.PRECISION": Choice(PRECISIONS),
                 "HEAD_LR_FACTOR": _weight,
@@ -471,7 +472,7 @@ TABLE: dict[str, Rule] = dict(
         *_section(
             "TEST",
             {
-                "EXPECTED_RESULTS": Several("a list", _ANY_COUNT, Anything()),
+                "EXPECTED_RESULTS": Several("a list", _ANY_COUNT, _RESULT),
                 "EVAL_PERIOD": _iteration,
                 "KEYPOINT_OKS_SIGMAS": Several("a list", _ANY_COUNT, Number(0, 1)),
                 "DETECTIONS_PER_IMAGE": Whole(1, 10**6),
@@ -514,7 +515,7 @@ def rule_of(key: str, default: object) -> Rule:
     if key in TABLE:
         return TABLE[key]
     if default is None:
-        return NoneOr(Anything())
+        return Or(None, Anything())
     if isinstance(default, bool):
         return _switch
     if isinstance(default, int):

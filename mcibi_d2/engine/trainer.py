@@ -245,6 +245,12 @@ class Trainer(DefaultTrainer):
         return built
 
     @classmethod
+    def build_model(cls, cfg) -> nn.Module:
+        """The model of a config whose values are checked, on ``MODEL.DEVICE``."""
+        check_values(cfg)
+        return super().build_model(cfg)
+
+    @classmethod
     def build_train_loader(cls, cfg):
         """See :func:`mcibi_d2.data.build_train_loader`."""
         return build_train_loader(cfg)

@@ -1,0 +1,265 @@
+"""Every bad value of a config is one sentence, and what is accepted works."""
+
+import ast
+import math
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import make_tiny_cfg
+from detectron2.config import get_cfg
+from torch import nn
+
+from mcibi_d2 import InputError, add_mcibi_config
+from mcibi_d2.data.augmentation import (
+    SemSegInput,
+    T,
+    build_test_augmentation,
+    build_train_augmentation,
+)
+from mcibi_d2.engine import Trainer, load_config
+from mcibi_d2.engine.config_check import check_values, merge_file, merge_options
+from mcibi_d2.engine.config_table import TABLE
+from mcibi_d2.evaluation import SemanticSegmentorWithTTA
+
+NAN, INF = math.nan, math.inf
+# Wrong types, negative, huge, not finite, empty, nonsense; for many keys some of them are good.
+VALUES = (
+    None, True, False, 0, -1, 1, 7, 1.5, -0.5, 0.0, 0.5, 2.0, 1e30, -1e30, 10**18, -10**18, NAN,
+    INF, -INF, "", "abc", "a\0b", "1", b"x", 1j, ..., {"a": 1}, {1}, (), [], (1,), (7, 9), (9, 7),
+    (0, 0), (-1, -1), (0.5, 0.5), (1.5, 1.5), (NAN, NAN), (1e30, 1e30), (10**18,) * 2,
+    ("a", "b"), ("",), (True, True), (None,), [None] * 3, (0, 0, 0), (1, 1, 1), (1, 2), (1, 2, 3),
+    ("a",) * 3, (NAN,) * 3, (INF,) * 3, (-1.0,) * 3, (1e30,) * 3, [[1]], [[1, 2, 3]], [[-1, 2, 3]],
+    [[1, 2]], [(), ()], [0.5] * 16, [0] * 16, [NAN] * 16, ["1"] * 16, [-1] * 16,
+)  # fmt: skip
+
+
+def section(cfg, key):
+    """The section of a key, and the key's last part."""
+    *path, name = key.split(".")
+    for part in path:
+        cfg = cfg[part]
+    return cfg, name
+
+
+def complaint(action, *args):
+    """The sentence of an :class:`InputError`, None for none; anything else is raised."""
+    try:
+        action(*args)
+    except InputError as error:
+        sentence = str(error)
+        assert "\n" not in sentence and len(sentence) < 1000
+        return sentence
+    return None
+
+
+@pytest.fixture(scope="module")
+def cfg(tmp_path_factory):
+    return make_tiny_cfg(
+        tmp_path_factory.mktemp("output"), "MODEL.SEM_SEG_HEAD.CLASS_WEIGHTS", str([1.0] * 16),
+        "TEST.SLIDE.WINDOW", "(32, 32)", "TEST.SLIDE.STRIDE", "(20, 20)", "INPUT.CROP.SIZE",
+        "(33, 49)", "TEST.AUG.SCALES", "(1.0,)", "SOLVER.STEPS", "(2,)", "INPUT.MIN_SIZE_TEST",
+        "30",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("key", TABLE)
+def test_bad_values_are_one_sentence_and_good_ones_work(cfg, key):
+    node, name = section(cfg, key)
+    before, rule, accepted = node[name], TABLE[key], []
+    try:
+        for value in VALUES:
+            node[name] = value
+            sentence = complaint(check_values, cfg)
+            if sentence is None:
+                accepted.append(value)
+            else:
+                assert key in sentence and ("expected" in sentence or "needs" in sentence)
+            if not rule.accepts(value):
+                assert sentence and sentence.startswith(f"{key} is ")
+                assert sentence.endswith(f", expected {rule.describe()}")
+            # The same value while it is read from a command line, as text and as it is.
+            for written in (repr(value), value):
+                node[name] = before
+                sentence = complaint(merge_options, cfg, [key, written])
+                infinite = written == "inf" and rule.accepts(INF)
+                if rule.accepts(literal(written)) or infinite:
+                    assert sentence is None and rule.accepts(node[name])
+                else:
+                    assert sentence.startswith(f"command line: {key} is ")
+        node[name] = before
+        assert complaint(check_values, cfg) is None
+        numbers = sorted(x for x in accepted if isinstance(x, int | float) and x is not True)
+        for value in (*numbers[:1], *numbers[-1:], *(x for x in accepted if x not in numbers)):
+            if repr(value) != repr(before):
+                node[name] = value
+                complaint(use, cfg, key)
+    finally:
+        node[name] = before
+
+
+def literal(written):
+    """What a text on the command line stands for."""
+    try:
+        return ast.literal_eval(written)
+    except (ValueError, SyntaxError):
+        return written
+
+
+def use(cfg, key):
+    """Build and run, in the smallest way, what reads a key."""
+    torch.manual_seed(0)
+    part = key.partition(".")[0]
+    if key in ("MODEL.WEIGHTS", "MODEL.TIMM.PRETRAINED") or "RESNETS" in key:
+        return
+    if part == "SOLVER":
+        net = nn.Sequential(nn.Conv2d(1, 1, 1), nn.BatchNorm2d(1))
+        optimizer = Trainer.build_optimizer(cfg, net)
+        scheduler = Trainer.build_lr_scheduler(cfg, optimizer)
+        for _ in range(cfg.SOLVER.MAX_ITER):
+            net(torch.rand(2, 1, 3, 3)).sum().backward()
+            optimizer.step()
+            scheduler.step()
+    elif part == "INPUT":
+        image = np.random.default_rng(0).integers(256, size=(40, 56, 3), dtype=np.uint8)
+        for build in (build_train_augmentation, build_test_augmentation):
+            inputs = SemSegInput(image, sem_seg=image[..., 0] % 16)
+            T.AugmentationList(build(cfg))(inputs)
+            assert inputs.image.dtype == np.uint8 and inputs.image.size
+    elif part in ("MODEL", "TEST"):
+        model = Trainer.build_model(cfg)
+        x = {"image": torch.randint(256, (3, 40, 56), dtype=torch.uint8), "height": 50, "width": 70}
+        if part == "MODEL":
+            labels = torch.arange(40 * 56).view(40, 56) % cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES
+            losses = model.train()([{**x, "sem_seg": labels}] * 2)
+            assert all(loss.isfinite() for loss in losses.values())
+            sum(losses.values()).backward()
+        with torch.no_grad():
+            if key.startswith("TEST.AUG"):
+                model = SemanticSegmentorWithTTA(cfg, model)
+            (result,) = model.eval()([x])
+        assert next(iter(result.values())).shape[-2:] == (50, 70)
+
+
+@pytest.mark.parametrize("kind", ["null", ".nan", "[null]", "{a: 1}", "2026-01-01", "!!set {a}"])
+def test_values_of_files_name_file_and_key(tmp_path, kind):
+    path = tmp_path / "wrong.yaml"
+    for key in TABLE:
+        text = kind
+        for part in reversed(key.split(".")):
+            text = f"{{{part}: {text}}}"
+        path.write_text(text)
+        sentence = complaint(merge_file, base(), str(path))
+        if sentence is None:  # of keys that may be None
+            assert TABLE[key].accepts(yaml.safe_load(kind))
+        else:
+            assert sentence.startswith(f"{path}: {key} is ")
+
+
+_base = None
+
+
+def base():
+    """A config of defaults, into which nothing was merged."""
+    global _base
+    if _base is None:
+        _base = get_cfg()
+        add_mcibi_config(_base)
+    return _base
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("SOLVER: 5", r"SOLVER is 5, expected keys with their values"),
+        ("MODEL: {MCIBI: null}", r"MODEL\.MCIBI is None, expected keys"),
+        ("- a", r"expected|cannot be read"),
+        ("", r"expected|cannot be read"),
+        ("a: [", "cannot be read as a config"),
+        ("1: 2", "'1' is no config key"),
+        ("null: 2", "'None' is no config key"),
+        ("_BASE_: wrong.yaml", "_BASE_ leads back to the file itself"),
+        ("_BASE_: 5", "cannot be read as a config"),
+        ("SOLVER: {BASE_LR: 1e-3, BASE_LR: [}", "cannot be read as a config"),
+        ("MODEL: {WEIGHT: x.pth}", r"MODEL\.WEIGHT is no config key any more, expected MODEL\.WEI"),
+        ("VERSION: 1", "VERSION is 1, expected one of 2"),
+    ],
+)
+def test_files_that_are_no_config(tmp_path, text, message):
+    path = tmp_path / "wrong.yaml"
+    path.write_text(text)
+    with pytest.raises(InputError, match=rf"^{path}: .*{message}"):
+        load_config(str(path))
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["SOLVER", "5"], r"SOLVER is 5, expected a key below it, such as SOLVER\.\w+"),
+        (["MODEL.MCIBI", "None"], r"MODEL\.MCIBI is None, expected a key below it"),
+        (["MODEL.MCIBI", "{'ENABLED': 1}"], r"MODEL\.MCIBI is .*expected a key below it"),
+        (["SOLVER.MAX_ITER.X", "5"], r"'SOLVER\.MAX_ITER\.X' is no config key; did you mean"),
+        (["SOLVER.MAX_ITR", "5"], r"did you mean SOLVER\.MAX_ITER\?"),
+        (["SOLVER.MAX_ITER=5"], "expected a key and its value: SOLVER.MAX_ITER 5"),
+        (["SOLVER.MAX_ITER", "5", "SEED"], "SEED has no value, expected KEY VALUE pairs"),
+        (["SOLVER.MAX_ITER"], r"SOLVER\.MAX_ITER has no value"),
+        (["", "5"], "'' is no config key"),
+        (["_BASE_", "x.yaml"], "'_BASE_' is no config key"),
+        (["SOLVER.MAX_ITER", "9" * 5000], r"SOLVER\.MAX_ITER is .*expected a whole number"),
+        (["SOLVER.MAX_ITER", "(" * 500 + ")" * 500], "expected a whole number"),
+        (["SOLVER.MAX_ITER", "{[]: 1}"], "expected a whole number"),
+        (["MODEL.RPN.NMS_THRESH", "None"], r"MODEL\.RPN\.NMS_THRESH is None, expected a number"),
+        (["MODEL.KEYPOINT_ON", "3"], r"MODEL\.KEYPOINT_ON is 3, expected True or False"),
+    ],
+)  # fmt: skip
+def test_options_that_are_no_config(options, message):
+    with pytest.raises(InputError, match=f"^command line: .*{message}"):
+        load_config("", options)
+
+
+def test_whole_numbers_are_numbers():
+    cfg = load_config("", ["SOLVER.BASE_LR", "1", "INPUT.ROTATION_DEGREES", "22.5",
+                           "SOLVER.CLIP_GRADIENTS.NORM_TYPE", "inf"])  # fmt: skip
+    assert type(cfg.SOLVER.BASE_LR) is float and cfg.INPUT.ROTATION_DEGREES == 22.5
+    assert cfg.SOLVER.CLIP_GRADIENTS.NORM_TYPE == INF
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (("SOLVER.NESTEROV", True, "SOLVER.MOMENTUM", 0.0), "SOLVER.MOMENTUM is 0, expected more"),
+        (("SOLVER.STEPS", (3, 2)), "SOLVER.STEPS is .*, expected rising iterations"),
+        (("SOLVER.LR_SCHEDULER_NAME", "WarmupMultiStepLR", "SOLVER.STEPS", (4,)),
+         "SOLVER.STEPS is .*before SOLVER.MAX_ITER 4"),
+        (("SOLVER.LR_SCHEDULER_NAME", "WarmupCosineLR", "SOLVER.BASE_LR", 0.0),
+         "SOLVER.BASE_LR is 0.0, expected more than 0"),
+        (("SOLVER.LR_SCHEDULER_NAME", "WarmupStepWithFixedGammaLR", "SOLVER.NUM_DECAYS", 9),
+         "SOLVER.NUM_DECAYS is 9"),
+        (("MODEL.SEM_SEG_HEAD.CLASS_WEIGHTS", [0.0] * 16), "expected one above 0"),
+        (("MODEL.SEM_SEG_HEAD.CLASS_WEIGHTS", [1.0] * 3), "3 values, expected one for each"),
+        (("MODEL.TIMM.OUT_INDICES", (4, 3)), "OUT_INDICES is .4, 3., expected rising"),
+        (("INPUT.CROP.TYPE", "relative"), "CROP.TYPE is 'relative', expected one of absolute"),
+        (("MODEL.SEM_SEG_HEAD.NORM", "GN"), "NORM is GN, which cannot norm 16 channels"),
+        (("MODEL.MCIBI.CONTEXT", "foo"), "CONTEXT is 'foo', expected one of none, ppm"),
+        (("MODEL.MCIBI.MEMORY.INIT", "foo"), "INIT is 'foo', expected one of random_pixel"),
+        (("SOLVER.MAX_ITER", None), "SOLVER.MAX_ITER is None, expected a whole number"),
+    ],
+)  # fmt: skip
+def test_a_trainer_that_is_built_by_hand_says_the_same(tiny_cfg, options, message):
+    tiny_cfg.merge_from_list(list(options))
+    with pytest.raises(InputError, match=message):
+        Trainer(tiny_cfg)
+    tiny_cfg.freeze()
+    if options[0].startswith("MODEL"):
+        with pytest.raises(InputError, match=message):
+            Trainer.build_model(tiny_cfg)
+
+
+def test_configs_without_the_keys_say_so(tiny_cfg):
+    del tiny_cfg.MODEL["MCIBI"]
+    with pytest.raises(InputError, match=r"MODEL\.MCIBI\.ENABLED is not in the config"):
+        Trainer(tiny_cfg)
+    tiny_cfg.MODEL["MCIBI"] = 5
+    with pytest.raises(InputError, match=r"MODEL\.MCIBI is 5, expected a section"):
+        Trainer(tiny_cfg)
