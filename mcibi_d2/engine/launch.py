@@ -2,9 +2,13 @@
 
 import argparse
 import logging
+import multiprocessing
 import os
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from types import FrameType
 
 import torch
 import torch.distributed as dist
@@ -15,6 +19,7 @@ from torch.multiprocessing import ProcessExitedException
 
 from ..data import register_own_dataset
 from ..errors import InputError, sentence
+from .stop import SIGNALS, Stopped
 
 
 def launch(
@@ -46,7 +51,11 @@ def launch(
         on_cpu = torch.device(cfg.MODEL.DEVICE).type == "cpu"
         if under_torchrun:
             _join(int(os.environ["LOCAL_RANK"]), args.num_gpus, on_cpu)
-            _guarded(main, args, cfg)
+            try:
+                _guarded(main, args, cfg)
+            except Stopped:
+                dist.destroy_process_group()
+                raise
             dist.destroy_process_group()
             return
         if on_cpu:
@@ -55,19 +64,49 @@ def launch(
             if args.num_gpus > 1 and "OMP_NUM_THREADS" not in os.environ:
                 # Else every process takes every core.
                 os.environ["OMP_NUM_THREADS"] = str(max(1, os.cpu_count() // args.num_gpus))
-        detectron2_launch(
-            _guarded,
-            args.num_gpus,
-            num_machines=args.num_machines,
-            machine_rank=args.machine_rank,
-            dist_url=args.dist_url,
-            args=(main, args, cfg),
-        )
+        with _passing_signals_on() if args.num_gpus * args.num_machines > 1 else nullcontext():
+            detectron2_launch(
+                _guarded,
+                args.num_gpus,
+                num_machines=args.num_machines,
+                machine_rank=args.machine_rank,
+                dist_url=args.dist_url,
+                args=(main, args, cfg),
+            )
     except InputError as error:
         sys.exit(f"error: {sentence(error)}")
     except ProcessExitedException as error:
         # A process that ended by itself has said why; one that was killed could not.
-        sys.exit(1 if error.signal_name is None else f"error: {error}")
+        sys.exit(error.exit_code if error.signal_name is None else f"error: {error}")
+
+
+@contextmanager
+def _passing_signals_on() -> Iterator[None]:
+    """Tell the processes that were started when this one is told to end; the second time, end all.
+
+    They end with the status of :class:`~.stop.Stopped`, and then so does this one.
+    """
+    told: list[int] = []
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        told.append(number)
+        for process in multiprocessing.active_children():
+            os.kill(process.pid, number if len(told) == 1 else signal.SIGKILL)
+        if len(told) > 1:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
+    before = {number: signal.signal(number, pass_on) for number in SIGNALS}
+    try:
+        yield
+    except ProcessExitedException as error:
+        if not told:
+            raise
+        # Also when they were told before they watched for it.
+        raise Stopped(told[0]) from error
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _guarded(main: Callable, args: argparse.Namespace, cfg: CfgNode) -> None:

@@ -111,14 +111,18 @@ class MemoryUpdateHook(HookBase):
         """Update the rows; look at them, if it is time."""
         momentum = self._commit()
         if is_due(self.trainer.iter + 1, self.trainer.max_iter, self.periods):
-            bad = self._describe_rejected(self.trainer.iter)
-            if bad:
-                raise InputError(
-                    f"{bad}, expected finite ones; the memory kept its rows (a lower "
-                    f"SOLVER.BASE_LR, a warm-up, SOLVER.AMP.PRECISION bfloat16?)"
-                )
+            self.check_finite()
             if comm.is_main_process():
                 self._log(momentum)
+
+    def check_finite(self) -> None:
+        """Raise an :class:`InputError` if the features of a class were not finite until now."""
+        bad = self._describe_rejected(self.trainer.iter)
+        if bad:
+            raise InputError(
+                f"{bad}, expected finite ones; the memory kept its rows (a lower "
+                f"SOLVER.BASE_LR, a warm-up, SOLVER.AMP.PRECISION bfloat16?)"
+            )
 
     def _commit(self) -> float:
         momentum = self._momentum()

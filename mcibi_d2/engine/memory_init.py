@@ -21,6 +21,7 @@ from ..files import read_data
 from ..modeling import FeatureMemory, MCIBIHead, MCIBISegmentor
 from ..modeling.memory import interpolate_pixels
 from .memory_hooks import unwrap
+from .stop import end_if_asked
 
 # How rows may start; first_batch_mean is what the memory does by itself.
 INITS = ("random_pixel", "clustering", "first_batch_mean", "file")
@@ -290,6 +291,7 @@ def draw_random_pixels(
             disable=not comm.is_main_process(),
         ) as progress:
             while images < min(max_images, in_set):
+                end_if_asked()
                 batch = next(batches, None)
                 names = comm.all_gather(batch and [_identity(x) for x in batch])
                 if any(name is None for name in names):

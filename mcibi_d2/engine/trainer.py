@@ -23,13 +23,14 @@ from ..data.loader import move_to_iteration
 from ..errors import InputError
 from ..evaluation import SemanticSegmentorWithTTA, SemSegEvaluator
 from ..modeling.segmentor import labels_only
-from .batch_norm_hook import AverageStatisticsHook
+from .batch_norm_hook import AverageStatisticsHook, gather_statistics, set_statistics
 from .checkpoint import Checkpointer, replacing
 from .config_check import check_number_of_classes, check_values
 from .memory_hooks import MemoryUpdateHook, find_memories
 from .memory_init import MemoryInitHook
 from .picture_hook import PictureHook
 from .schedule import build_lr_scheduler
+from .stop import StoppableLoader, Stopped, stop_asked, watching_for_signals
 from .train_step import TrainStep
 
 LOG_PERIOD = 20
@@ -69,6 +70,11 @@ class Trainer(DefaultTrainer):
         # run with SEED -1 can be resumed too.
         self.seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
 
+        # Of a checkpoint at which the run was stopped: whether its iteration has still to be
+        # evaluated, and the statistics of plain batch norms of each process.
+        self._evaluation_is_due = False
+        self._statistics: list[torch.Tensor] = []
+
         # When something leaves the device: losses, and how the memory is.
         self._flush_periods = (LOG_PERIOD, cfg.SOLVER.CHECKPOINT_PERIOD, cfg.TEST.EVAL_PERIOD)
         model = self.build_model(cfg)
@@ -104,11 +110,71 @@ class Trainer(DefaultTrainer):
         elif resume:
             logger.info(f"Nothing to resume in {self.cfg.OUTPUT_DIR}: starting at iteration 0.")
 
+    def train(self):
+        """Train; see ``DefaultTrainer.train``.
+
+        SIGTERM and SIGUSR1 end the iteration, write a checkpoint of it, and raise
+        :class:`~.stop.Stopped`, which ends the program; a second one ends it at once. In an
+        evaluation it is the checkpoint of the iteration before, after which a resumed run
+        evaluates first.
+        """
+        with watching_for_signals():
+            return super().train()
+
     def before_train(self) -> None:
         """Put the data in place for the first iteration, then run the hooks."""
         self._trainer.seed = self.seed
         move_to_iteration(self._trainer.data_loader, self.cfg, self.seed, self.start_iter)
-        super().before_train()
+        try:
+            super().before_train()
+            if self._evaluation_is_due:
+                self._repeat_evaluation()
+        except Stopped as stopped:
+            what = "this run has done no iteration, and left the folder's checkpoints as they were"
+            self._say_stopped(stopped, what)
+            raise
+
+    def _repeat_evaluation(self) -> None:
+        """Do what the iteration before had still to do when it was stopped."""
+        first = next(i for i, hook in enumerate(self._hooks) if isinstance(hook, hooks.EvalHook))
+        self.iter = self.storage.iter = self.start_iter - 1
+        for hook in self._hooks[first:]:
+            hook.after_step()
+        self.iter = self.storage.iter = self.start_iter
+        self._evaluation_is_due = False
+
+    def after_step(self) -> None:
+        """Run the hooks; end the run, if it was told to."""
+        try:
+            super().after_step()
+            stopped = stop_asked()
+        except Stopped as error:
+            # In an evaluation, which changes nothing.
+            stopped = error.signal
+            self._evaluation_is_due = True
+        if stopped and self.iter + 1 < self.max_iter:
+            self._stop(Stopped(stopped))
+
+    def _stop(self, stopped: Stopped) -> None:
+        """Write a checkpoint of this iteration and end; every process calls it."""
+        self._trainer.flush()
+        for hook in self._hooks:
+            if isinstance(hook, MemoryUpdateHook):
+                hook.check_finite()
+        # What each process has of its own goes along, for the run to go on as it would have.
+        self._statistics = gather_statistics(self.model)
+        name = f"model_{self.iter:07d}"
+        self.checkpointer.save(name)
+        # Who ends makes the launcher end the others.
+        comm.synchronize()
+        path = os.path.join(self.cfg.OUTPUT_DIR, f"{name}.pth")
+        self._say_stopped(stopped, f"{path} is written, and --resume goes on from there")
+        raise stopped
+
+    def _say_stopped(self, stopped: Stopped, what: str) -> None:
+        logging.getLogger(__name__).warning(
+            f"Stopped by {stopped.signal.name} at iteration {self.iter} of {self.max_iter}: {what}."
+        )
 
     def after_train(self) -> None:
         """Run the hooks; after an error, without evaluating or keeping what it left behind."""
@@ -116,7 +182,16 @@ class Trainer(DefaultTrainer):
         if self.iter < self.max_iter:
             final = (hooks.EvalHook, KeepBest, PictureHook)
             self._hooks = [hook for hook in self._hooks if not isinstance(hook, final)]
-        super().after_train()
+        try:
+            super().after_train()
+        except Stopped as stopped:
+            self._say_stopped(
+                stopped, "all iterations are done and written, and --resume evaluates them"
+            )
+            for hook in self._hooks:
+                if isinstance(hook, hooks.PeriodicWriter):
+                    hook.after_train()
+            raise
 
     def _report_skipped(self) -> None:
         skipped = getattr(self._trainer, "skipped", None)
@@ -165,6 +240,8 @@ class Trainer(DefaultTrainer):
             "seed": self.seed,
             "ims_per_batch": self.cfg.SOLVER.IMS_PER_BATCH,
             "max_iter": self.max_iter,
+            "evaluation_is_due": self._evaluation_is_due,
+            "statistics": self._statistics,
         }
 
     def load_state_dict(self, state_dict: dict) -> None:
@@ -176,6 +253,10 @@ class Trainer(DefaultTrainer):
         rates = [group["initial_lr"] for group in self.optimizer.param_groups]
         super().load_state_dict(state_dict)
         self.seed = state_dict.get("seed", self.seed)
+        self._evaluation_is_due = state_dict.get("evaluation_is_due", False)
+        statistics = state_dict.get("statistics") or ()
+        if len(statistics) == comm.get_world_size():
+            set_statistics(self.model, statistics[comm.get_rank()])
         before, now = state_dict.get("ims_per_batch"), self.cfg.SOLVER.IMS_PER_BATCH
         if before in (None, now):
             return
@@ -258,7 +339,7 @@ class Trainer(DefaultTrainer):
     @classmethod
     def build_test_loader(cls, cfg, dataset_name: str):
         """Images only, one at a time: the evaluator reads the labels."""
-        return build_test_loader(cfg, dataset_name)
+        return StoppableLoader(build_test_loader(cfg, dataset_name))
 
     @classmethod
     def build_evaluator(
