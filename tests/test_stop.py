@@ -184,7 +184,7 @@ SPAWN = ("--num-gpus", "2", "--dist-url", "auto")
 
 
 def stopped_from_outside(arguments, seconds):
-    """Start a run, send it a signal so long after training began; its status and output."""
+    """Start a run, send it a signal so long after its first iteration; its status and output."""
     environment = {**os.environ, "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
         arguments, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
@@ -194,7 +194,7 @@ def stopped_from_outside(arguments, seconds):
     def listen():
         for line in process.stdout:
             said.append(line)
-            if "Starting training from" in line:
+            if re.search("Memory initialised|Starting training from iteration [1-9]", line):
                 began.set()
 
     listener = threading.Thread(target=listen)
