@@ -12,6 +12,7 @@ from detectron2.utils.logger import setup_logger
 
 import mcibi_d2  # noqa: F401  registers models and data sets
 from mcibi_d2.engine import Checkpointer, Trainer, launch, setup
+from mcibi_d2.engine.class_names import class_names
 
 
 def main(args, cfg):
@@ -20,7 +21,12 @@ def main(args, cfg):
     setup_logger(cfg.OUTPUT_DIR, comm.get_rank(), name="mcibi_d2")
     if args.eval_only:
         model = Trainer.build_model(cfg)
-        checkpointer = Checkpointer(model, cfg.OUTPUT_DIR)
+        checkpointer = Checkpointer(
+            model,
+            cfg.OUTPUT_DIR,
+            class_names=class_names(cfg),
+            allow_other_classes=cfg.DATASETS.ALLOW_OTHER_CLASSES,
+        )
         checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume, strict=True)
         results = Trainer.test(cfg, model)
         if cfg.TEST.AUG.ENABLED:

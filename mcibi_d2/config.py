@@ -177,6 +177,11 @@ def add_mcibi_config(cfg: CN) -> None:
     # Of TEST_RESIZE fixed: (height, width), whatever the image's ratio (LIP).
     cfg.INPUT.FIXED_SIZE_TEST = (473, 473)
 
+    # The training and test sets, the checkpoint that is loaded, and the memory's INIT_FILE must be
+    # for classes of the same names in the same order (checkpoints keep them; case and blanks do not
+    # count). True: for as many classes is enough.
+    cfg.DATASETS.ALLOW_OTHER_CLASSES = False
+
     # --- Your own data set (mcibi_d2/data/own.py): `python -m mcibi_d2.tools.init_dataset` writes
     # these keys. Paths are absolute, begin with ~, or are below DETECTRON2_DATASETS.
     cfg.DATASETS.OWN = CN()

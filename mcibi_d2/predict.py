@@ -1,5 +1,6 @@
 """A trained model for one image at a time: labels, their probabilities, and a picture."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch import nn
 from .data.augmentation import build_test_augmentation
 from .engine import Checkpointer, Trainer
 from .engine.checkpoint import check_weights_exist
+from .engine.class_names import check_data_sets, class_names
 from .engine.setup import check_config, without_download
 from .errors import InputError
 from .modeling.resize import best_class
@@ -19,15 +21,25 @@ from .modeling.score_maps import ResizedMap, ScoreMap
 from .visualization import blend
 
 
-def load_model(cfg: CfgNode) -> nn.Module:
+def load_model(cfg: CfgNode, names: Sequence[str] | None = None) -> nn.Module:
     """The model of a config with its weights, in evaluation mode.
 
+    Args:
+        cfg: of the model.
+        names: of its classes; default: those of the first data set of the config.
+
     Raises:
-        InputError: ``MODEL.WEIGHTS`` is empty, is no file, or does not fit the model.
+        InputError: ``MODEL.WEIGHTS`` is empty, is no file, or does not fit the model, or its
+            classes have other names.
     """
     check_weights_exist(cfg.MODEL.WEIGHTS)
     model = Trainer.build_model(without_download(cfg))
-    Checkpointer(model).resume_or_load(cfg.MODEL.WEIGHTS, resume=False, strict=True)
+    checkpointer = Checkpointer(
+        model,
+        class_names=class_names(cfg) if names is None else names,
+        allow_other_classes=cfg.DATASETS.ALLOW_OTHER_CLASSES,
+    )
+    checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=False, strict=True)
     return model.eval()
 
 
@@ -65,6 +77,7 @@ class Predictor:
 
     def __init__(self, cfg: CfgNode):
         datasets = (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN)
+        check_data_sets(cfg)
         cfg = cfg.clone()
         cfg.defrost()
         cfg.DATASETS.TEST = ()
@@ -79,7 +92,7 @@ class Predictor:
                 f"MODEL.SEM_SEG_HEAD.NUM_CLASSES is {cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES}, but "
                 f"{datasets[0]} has {len(classes)} classes"
             )
-        self.model = load_model(cfg)
+        self.model = load_model(cfg, classes)
         self._augmentations = T.AugmentationList(build_test_augmentation(cfg))
         self._rgb = cfg.INPUT.FORMAT == "RGB"
 

@@ -5,11 +5,15 @@ import pytest
 import timm
 import torch
 from conftest import make_tiny_cfg
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from fvcore.common.checkpoint import Checkpointer as FvcoreCheckpointer
 from safetensors.torch import save_file
 
 from mcibi_d2 import InputError
-from mcibi_d2.engine import Checkpointer, Trainer
+from mcibi_d2.engine import Checkpointer, Trainer, class_names
+from mcibi_d2.engine.config_check import check_config
+from mcibi_d2.engine.memory_init import read_rows
+from mcibi_d2.predict import Predictor, load_model
 
 
 def test_interrupted_save_leaves_the_last_checkpoint(tmp_path, monkeypatch):
@@ -137,3 +141,100 @@ def test_files_that_are_no_checkpoint_of_this_model_are_refused(tmp_path, tiny_c
     ]:
         with pytest.raises(InputError, match=rf"{name}.*{message}"):
             Checkpointer(model).load(str(tmp_path / name))
+
+
+@pytest.fixture
+def turned():
+    """A data set with the classes of the scenes in another order: sky and ground exchanged."""
+    metadata = MetadataCatalog.get("scenes_train").as_dict()
+    metadata.pop("name")
+    names = list(metadata["stuff_classes"])
+    metadata["stuff_classes"] = [names[1], names[0], *names[2:]]
+    DatasetCatalog.register("test_turned", lambda: DatasetCatalog.get("scenes_train")[:2])
+    MetadataCatalog.get("test_turned").set(**metadata)
+    yield "test_turned"
+    DatasetCatalog.remove("test_turned")
+    MetadataCatalog.remove("test_turned")
+
+
+OTHER_ORDER = r"class 0 is '.*', expected '.*'; they are the same names in another order"
+ALLOWED = ["DATASETS.ALLOW_OTHER_CLASSES", "True"]
+
+
+def test_class_names_are_compared_as_a_reader_would():
+    same = ["Road", "traffic  light ", "sky"]
+    class_names.require_same(["road", "Traffic Light", "sky"], "a", same, "b")
+    class_names.require_same([], "a", same, "b")
+    class_names.require_same(["road"], "a", same, "b")  # another number is another error
+    message = "^b has other classes than a: class 1 is 'sky', expected 'traffic  light '; they are"
+    with pytest.raises(InputError, match=message + " the same names.*ALLOW_OTHER_CLASSES"):
+        class_names.require_same(same, "a", ["road", "sky", "Traffic light"], "b")
+    with pytest.raises(InputError, match="class 2 is 'sea', expected 'sky'; DATASETS.ALLOW"):
+        class_names.require_same(same, "a", ["road", "traffic light", "sea"], "b")
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_data_sets_of_one_config_have_the_same_classes(tmp_path, turned, train):
+    options = ["DATASETS.TEST", f"('{turned}',)"]
+    cfg = make_tiny_cfg(tmp_path, *options)
+    with pytest.raises(InputError, match=f"data set {turned} has other .* scenes_.*{OTHER_ORDER}"):
+        check_config(cfg, train=train)
+    with pytest.raises(InputError, match=OTHER_ORDER):
+        Trainer(cfg)
+    check_config(make_tiny_cfg(tmp_path, *options, *ALLOWED), train=train)
+    both = make_tiny_cfg(tmp_path, "DATASETS.TRAIN", f"('scenes_train', '{turned}')")
+    with pytest.raises(InputError, match=OTHER_ORDER):
+        Trainer(both)
+
+
+@pytest.mark.parametrize("way", ["evaluation", "further training", "resuming"])
+def test_a_checkpoint_of_other_classes_is_refused(tmp_path, turned, way):
+    Trainer(make_tiny_cfg(tmp_path)).checkpointer.save("a")
+    saved = torch.load(tmp_path / "a.pth", weights_only=True)
+    assert saved["classes"] == MetadataCatalog.get("scenes_train").stuff_classes
+    options = ["DATASETS.TRAIN", f"('{turned}',)", "MODEL.WEIGHTS", str(tmp_path / "a.pth")]
+
+    def load(*more):
+        cfg = make_tiny_cfg(tmp_path, *options, *more)
+        if way == "evaluation":
+            return load_model(cfg)
+        return Trainer(cfg).resume_or_load(resume=way == "resuming")
+
+    with pytest.raises(InputError, match=f"a.pth has other classes .*{OTHER_ORDER}"):
+        load()
+    load(*ALLOWED)
+    if way == "evaluation":  # the test set's names count where there is no other
+        cfg = make_tiny_cfg(tmp_path, *options[2:], "DATASETS.TRAIN", "()")
+        cfg.DATASETS.TEST = (turned,)
+        with pytest.raises(InputError, match=OTHER_ORDER):
+            Predictor(cfg)
+    del saved["classes"]  # as an older version has written it
+    torch.save(saved, tmp_path / "a.pth")
+    load()
+
+
+def test_rows_of_a_file_are_for_the_same_classes(tmp_path, turned):
+    trainer = Trainer(make_tiny_cfg(tmp_path))
+    memory = trainer.model.sem_seg_head.memory
+    memory.initialize(torch.rand(16, 16), torch.ones(16, dtype=torch.bool))
+    trainer.checkpointer.save("a")
+    options = ["MODEL.MCIBI.MEMORY.INIT", "file", "SOLVER.MAX_ITER", "1"]
+    options += ["MODEL.MCIBI.MEMORY.INIT_FILE", str(tmp_path / "a.pth")]
+    options += ["DATASETS.TRAIN", f"('{turned}',)"]
+    with pytest.raises(InputError, match=f"INIT_FILE: .*a.pth has other .*{OTHER_ORDER}"):
+        Trainer(make_tiny_cfg(tmp_path / "b", *options)).train()
+    Trainer(make_tiny_cfg(tmp_path / "b", *options, *ALLOWED)).train()
+
+
+def test_a_memory_of_half_the_classes_with_two_slots_is_left_out(tmp_path):
+    options = ["MODEL.SEM_SEG_HEAD.NUM_CLASSES", "8", "MODEL.MCIBI.MEMORY.SLOTS", "2"]
+    model = Trainer.build_model(make_tiny_cfg(tmp_path, *options))
+    memory = model.sem_seg_head.memory
+    memory.initialize(torch.rand(16, 16), torch.ones(16, dtype=torch.bool))
+    Checkpointer(model, str(tmp_path)).save("a")
+    other = Trainer.build_model(make_tiny_cfg(tmp_path))
+    Checkpointer(other).load(str(tmp_path / "a.pth"))
+    assert other.sem_seg_head.memory.rows.shape == memory.rows.shape
+    assert not other.sem_seg_head.memory.initialized.any()
+    with pytest.raises(InputError, match="INIT_FILE: .*is for 8 classes, expected one for 16"):
+        read_rows(str(tmp_path / "a.pth"), other.sem_seg_head.memory)

@@ -1,7 +1,7 @@
 """Checkpoints: written whole or not at all, and loaded with a word about what fits."""
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import IO
 from urllib.parse import parse_qs, urlparse
@@ -13,6 +13,7 @@ from torch import nn
 
 from ..errors import InputError
 from ..files import read_data
+from .class_names import CLASSES, classes_of_head, names_in, require_same
 
 # Where timm's own keys are found in our models.
 _TIMM_PREFIX = "backbone.net."
@@ -26,18 +27,31 @@ class Checkpointer(DetectionCheckpointer):
     - Backbone state dicts with timm's names are accepted as they are.
     - A file that is not of this model is an error, instead of a network that is silently
       untrained.
+    - The names of the classes are kept in the file. One with as many classes of other names, or in
+      another order, is an error.
 
     Args:
         model: to save and load.
         save_dir: folder of the checkpoints.
         save_to_disk: default: on the main process only.
+        class_names: of the model; () for no comparison.
+        allow_other_classes: load a file whose classes have other names all the same.
         checkpointables: other objects with ``state_dict``, saved beside the model.
     """
 
     def __init__(
-        self, model: nn.Module, save_dir: str = "", *, save_to_disk=None, **checkpointables
+        self,
+        model: nn.Module,
+        save_dir: str = "",
+        *,
+        save_to_disk=None,
+        class_names: Sequence[str] = (),
+        allow_other_classes: bool = False,
+        **checkpointables,
     ):
         super().__init__(model, save_dir, save_to_disk=save_to_disk, **checkpointables)
+        self.class_names = list(class_names)
+        self.allow_other_classes = allow_other_classes
         # What `load` was called with, for the steps in between.
         self._path, self._strict = "", False
 
@@ -53,6 +67,8 @@ class Checkpointer(DetectionCheckpointer):
             return
         data = {"model": self.model.state_dict()}
         data.update((key, part.state_dict()) for key, part in self.checkpointables.items())
+        if self.class_names:
+            data[CLASSES] = self.class_names
         data.update(kwargs)
         path = os.path.join(self.save_dir, f"{name}.pth")
         self.logger.info(f"Saving checkpoint to {path}")
@@ -158,7 +174,26 @@ class Checkpointer(DetectionCheckpointer):
                 f"{self._path}: {name} is of type {array.dtype}, expected numbers"
             ) from error
 
+    def _leave_other_memories(self, state: dict) -> None:
+        """Take the memory out of a state with another number of classes.
+
+        Its rows may have the shape of ours all the same: two slots for each of half the classes.
+        """
+        own = self.model.state_dict()
+        for key in [key for key in state if f".{key}".endswith(".memory.rows")]:
+            prefix = key.removesuffix("memory.rows")
+            there, here = (classes_of_head(x, prefix) for x in (state, own))
+            if None not in (there, here) and there != here:
+                del state[key]
+                state.pop(f"{prefix}memory.initialized", None)
+                self.logger.warning(
+                    f"Left out the memory, which is for {there} classes, not for {here}"
+                )
+
     def _load_model(self, checkpoint: dict):
+        if not self.allow_other_classes:
+            require_same(self.class_names, "this model", names_in(checkpoint), self._path)
+        self._leave_other_memories(checkpoint["model"])
         incompatible = super()._load_model(checkpoint)
         wrong = {key for key, *_ in incompatible.incorrect_shapes}
         missing = _without_counters(set(incompatible.missing_keys) | wrong)

@@ -16,6 +16,7 @@ from detectron2.utils.file_io import PathManager
 from ..data.augmentation import CROP_TYPES
 from ..data.datasets import check_registered, load_records
 from ..errors import InputError
+from .class_names import check_data_sets
 from .config_table import REMOVED, TABLE, Rule, rule_of
 
 
@@ -355,6 +356,7 @@ def _check_data(cfg: CfgNode, train: bool) -> None:
             for file in (record["file_name"], record.get("sem_seg_file_name")):
                 if file and not PathManager.exists(file):
                     raise InputError(f"{file}: no such file, but {name} lists it")
+    check_data_sets(cfg)
 
 
 def _check_output(folder: str) -> None:

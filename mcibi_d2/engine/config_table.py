@@ -399,6 +399,7 @@ TABLE: dict[str, Rule] = dict(
                 "PROPOSAL_FILES_TEST": _names,
                 "PRECOMPUTED_PROPOSAL_TOPK_TRAIN": Whole(0, _ITERATIONS),
                 "PRECOMPUTED_PROPOSAL_TOPK_TEST": Whole(0, _ITERATIONS),
+                "ALLOW_OTHER_CLASSES": _switch,
                 "OWN.NAME": _any_text,
                 "OWN.TRAIN": _source,
                 "OWN.VAL": _source,

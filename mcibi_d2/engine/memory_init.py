@@ -20,6 +20,7 @@ from ..errors import InputError
 from ..files import read_data
 from ..modeling import FeatureMemory, MCIBIHead, MCIBISegmentor
 from ..modeling.memory import interpolate_pixels
+from .class_names import classes_of_head, names_in, require_same
 from .memory_hooks import unwrap
 from .stop import end_if_asked
 
@@ -60,7 +61,9 @@ class MemoryInitHook(HookBase):
         max_images: no further batch after this many images, of all processes together.
         pixels: per class, for ``clustering``.
         file: for ``file``.
-        class_names: for what is logged.
+        class_names: for what is logged, and for a comparison with those of a checkpoint in
+            ``file``.
+        allow_other_classes: take the rows of a checkpoint whose classes have other names.
     """
 
     def __init__(
@@ -71,6 +74,7 @@ class MemoryInitHook(HookBase):
         pixels: int = 100,
         file: str = "",
         class_names: Sequence[str] = (),
+        allow_other_classes: bool = False,
     ):
         if init not in INITS:
             raise InputError(f"MemoryInitHook(init={init!r}): expected one of {', '.join(INITS)}")
@@ -80,6 +84,7 @@ class MemoryInitHook(HookBase):
         self.pixels = pixels
         self.file = file
         self.class_names = class_names
+        self.allow_other_classes = allow_other_classes
 
     def before_train(self) -> None:
         """Fill the memory of the trainer's model."""
@@ -104,7 +109,8 @@ class MemoryInitHook(HookBase):
     def _fill(self, model: nn.Module, head: MCIBIHead) -> None:
         memory = head.memory
         if self.init == "file":
-            rows, found = read_rows(self.file, memory)
+            names = () if self.allow_other_classes else self.class_names
+            rows, found = read_rows(self.file, memory, names)
             source = self.file
         else:
             wanted = memory.slots if self.init == "random_pixel" else self.pixels
@@ -458,20 +464,24 @@ def cluster_pixels(pixels: Tensor, counts: Tensor, slots: int, seed: int) -> tup
     return rows, found
 
 
-def read_rows(path: str, memory: FeatureMemory) -> tuple[Tensor, Tensor]:
+def read_rows(
+    path: str, memory: FeatureMemory, class_names: Sequence[str] = ()
+) -> tuple[Tensor, Tensor]:
     """Rows from a file.
 
     Args:
         path: ``.npy``, or what ``torch.save`` wrote: a tensor, or a checkpoint with a memory. The
             shape is that of the memory's rows, or (K, S, C).
         memory: that they are for.
+        class_names: of the memory's classes; a checkpoint with others is refused.
 
     Returns:
         (K * S, C) rows, and (K * S,) bool, which of them are there: those that the checkpoint calls
         initialised, or those that are not zero.
 
     Raises:
-        InputError: if the file cannot be read, has no memory, or one of another shape.
+        InputError: if the file cannot be read, has no memory, or one of another shape, or for
+            other classes.
     """
     key = f"MODEL.MCIBI.MEMORY.INIT_FILE: {path}"
     if not PathManager.isfile(path):
@@ -489,7 +499,13 @@ def read_rows(path: str, memory: FeatureMemory) -> tuple[Tensor, Tensor]:
         names = [name for name in state if f".{name}".endswith(".memory.rows")]
         if len(names) != 1:
             raise InputError(f"{key}: has {len(names)} tensors called memory.rows, expected one")
+        require_same(class_names, "this run", names_in(loaded), key)
+        there = classes_of_head(state, names[0].removesuffix("memory.rows"))
         loaded = state[names[0]]
+        if there not in (None, memory.num_classes):
+            raise InputError(
+                f"{key}: its memory is for {there} classes, expected one for {memory.num_classes}"
+            )
         found = state.get(names[0].removesuffix("rows") + "initialized")
         if found is not None and not (
             torch.is_tensor(found) and found.dtype == torch.bool and found.shape == expected[:1]

@@ -9,7 +9,6 @@ import weakref
 from collections import OrderedDict
 
 import torch
-from detectron2.data import MetadataCatalog
 from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, hooks
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
@@ -25,6 +24,7 @@ from ..evaluation import SemanticSegmentorWithTTA, SemSegEvaluator
 from ..modeling.segmentor import labels_only
 from .batch_norm_hook import AverageStatisticsHook, gather_statistics, set_statistics
 from .checkpoint import Checkpointer, replacing
+from .class_names import check_data_sets, class_names
 from .config_check import check_number_of_classes, check_values
 from .memory_hooks import MemoryUpdateHook, find_memories
 from .memory_init import MemoryInitHook
@@ -62,6 +62,7 @@ class Trainer(DefaultTrainer):
         register_own_dataset(cfg)
         for name in cfg.DATASETS.TRAIN:
             check_number_of_classes(cfg, name)
+        check_data_sets(cfg)
         cfg = self.auto_scale_workers(cfg, comm.get_world_size())
         self.cfg = cfg
         self.start_iter = 0
@@ -98,7 +99,13 @@ class Trainer(DefaultTrainer):
             max_iter=self.max_iter,
         )
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
-        self.checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
+        self.checkpointer = Checkpointer(
+            model,
+            cfg.OUTPUT_DIR,
+            class_names=class_names(cfg),
+            allow_other_classes=cfg.DATASETS.ALLOW_OTHER_CLASSES,
+            trainer=weakref.proxy(self),
+        )
         self.register_hooks(self.build_hooks())
 
     def resume_or_load(self, resume: bool = True) -> None:
@@ -293,7 +300,6 @@ class Trainer(DefaultTrainer):
             evaluation = next(i for i, h in enumerate(built) if isinstance(h, hooks.EvalHook))
             built.insert(evaluation + 1, hooks.EvalHook(0, self._evaluate_with_tta))
         if find_memories(self.model):
-            class_names = MetadataCatalog.get(cfg.DATASETS.TRAIN[0]).get("stuff_classes", ())
             # Before the hook that steps the learning rate and before the checkpoint.
             update = MemoryUpdateHook(
                 memory.MOMENTUM,
@@ -301,7 +307,7 @@ class Trainer(DefaultTrainer):
                 memory.MOMENTUM_SCHEDULE,
                 cfg.MODEL.MCIBI.LOSS_START_M,
                 self._flush_periods,
-                class_names,
+                class_names(cfg),
             )
             initialize = MemoryInitHook(
                 memory.INIT,
@@ -309,7 +315,8 @@ class Trainer(DefaultTrainer):
                 memory.INIT_MAX_IMAGES,
                 memory.INIT_PIXELS,
                 memory.INIT_FILE,
-                class_names,
+                class_names(cfg),
+                cfg.DATASETS.ALLOW_OTHER_CLASSES,
             )
             built[1:1] = [initialize, update]
         if comm.get_world_size() > 1:
