@@ -212,6 +212,12 @@ def add_mcibi_config(cfg: CN) -> None:
     # truth. LABEL_IDS and LABEL_IGNORED are not used then.
     cfg.DATASETS.OWN.LABEL_COLORS = []
     cfg.DATASETS.OWN.IGNORED_COLORS = []
+    # Of soft label files (smoothed, resized, once a JPEG): every other value or color is taken as
+    # the nearest of those above.
+    cfg.DATASETS.OWN.LABEL_NEAREST = False
+    # Or, of two classes: values (of colors, their brightness) below it are the class with the lower
+    # LABEL_IDS, the others that with the higher. 0: none.
+    cfg.DATASETS.OWN.LABEL_THRESHOLD = 0
 
     # --- Testing, beside Detectron2's keys.
     # whole: the image in one piece. slide: in windows, whose logits are averaged where they meet.

@@ -1,5 +1,6 @@
 """Label files to class ids, the same way in training and in evaluation."""
 
+from collections.abc import Callable
 from functools import cache
 
 import numpy as np
@@ -21,11 +22,15 @@ def read_labels(
     file's value of each class, ``label_ignored`` the values without ground truth. A data set
     without ``label_ids`` (another project's) holds class ids and its ``ignore_label`` already.
     ``label_colors`` lists the file's RGB color of each class instead, ``ignored_colors`` the colors
-    without ground truth.
+    without ground truth. With ``label_nearest`` each other value or color is taken as the nearest
+    of these. With ``label_threshold`` T the values below T are one of the two classes, and those
+    from T on the other.
 
     Args:
         file_name: a 1-, 8- or 16-bit image with one channel, or one with a palette, whose indices
-            are the values. With ``label_colors``: any 8-bit image; an alpha channel is not read.
+            are the values, or a NumPy file (.npy) of integers. With ``label_colors``: any 8-bit
+            image; an alpha channel is not read. With ``label_threshold``, colors count by their
+            brightness.
         dataset_name: a registered data set.
         size: expected (height, width).
 
@@ -37,17 +42,9 @@ def read_labels(
             color outside the table.
     """
     metadata = MetadataCatalog.get(dataset_name)
-    colors = metadata.get("label_colors")
-    try:
-        with PathManager.open(file_name, "rb") as f, Image.open(f) as image:
-            values = label_values(image) if colors is None else label_colors(image)
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise InputError(f"{file_name}: cannot be read as a label image ({error})") from error
-    if values.ndim != 2 or not np.issubdtype(values.dtype, np.integer):
-        raise InputError(
-            f"{file_name}: an image of shape {values.shape} and type {values.dtype}, expected one "
-            f"channel of class ids"
-        )
+    colors, threshold = metadata.get("label_colors"), metadata.get("label_threshold", 0)
+    of_image = label_values if colors is None else label_colors
+    values = read_label_file(file_name, label_brightness if threshold else of_image)
     if size is not None and values.shape != tuple(size):
         raise InputError(
             f"{file_name}: labels of {values.shape[0]} x {values.shape[1]} (height x width), "
@@ -59,9 +56,15 @@ def read_labels(
         tuple(_class_values(metadata)),
         tuple(_ignored_values(metadata)),
         metadata.get("ignore_label", 255),
+        metadata.get("label_nearest", False),
+        threshold,
     )
-    inside = (values >= 0) & (values < len(table))
-    labels = table[values] if inside.all() else np.where(inside, table[values * inside], _INVALID)
+    if values.dtype.itemsize > 2:
+        # -1 is the table's last entry.
+        inside = (values >= -1) & (values < 1 << 16)
+        labels = np.where(inside, table[np.where(inside, values, 0).astype(np.intp)], _INVALID)
+    else:
+        labels = table[values]
     if labels.min() == _INVALID:
         wrong = np.unique(values[labels == _INVALID])
         some = ", ".join(map(str, wrong[:5])) + (", ..." if len(wrong) > 5 else "")
@@ -70,6 +73,43 @@ def read_labels(
             f"{_describe(metadata)}"
         )
     return labels
+
+
+def read_label_file(file_name: str, of_image: Callable[[Image.Image], np.ndarray]) -> np.ndarray:
+    """The values of a label file, an image or a NumPy file, as they are stored.
+
+    Args:
+        file_name: of the file.
+        of_image: such as :func:`label_values`, what an image holds.
+
+    Returns:
+        (height, width) integers.
+
+    Raises:
+        InputError: the file cannot be read, or holds something else.
+    """
+    try:
+        with PathManager.open(file_name, "rb") as file:
+            if is_array(file_name):
+                # Loading objects would run what is in the file.
+                values = np.load(file, allow_pickle=False)
+                values = values.astype(np.uint8) if values.dtype == bool else values
+            else:
+                with Image.open(file) as image:
+                    values = of_image(image)
+    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+        raise InputError(f"{file_name}: cannot be read as a label image ({error})") from error
+    if values.ndim != 2 or not np.issubdtype(values.dtype, np.integer):
+        raise InputError(
+            f"{file_name}: an image of shape {values.shape} and type {values.dtype}, expected one "
+            f"channel of class ids"
+        )
+    return values
+
+
+def is_array(file_name: str) -> bool:
+    """Whether a label file is one of NumPy's, by its name."""
+    return str(file_name).lower().endswith(".npy")
 
 
 def label_values(image: Image.Image) -> np.ndarray:
@@ -87,6 +127,13 @@ def label_colors(image: Image.Image) -> np.ndarray:
     return rgb[..., 0] << 16 | rgb[..., 1] << 8 | rgb[..., 2]
 
 
+def label_brightness(image: Image.Image) -> np.ndarray:
+    """The values of a label image, of colors and palettes their brightness: (height, width)."""
+    if image.mode in ("RGB", "RGBA", "LA", "P", "PA", "CMYK"):
+        image = image.convert("RGB").convert("L")
+    return label_values(image)
+
+
 def _by_color(file_name: str, colors: np.ndarray, metadata: Metadata) -> np.ndarray:
     known, labels = _color_table(
         tuple(map(tuple, metadata.label_colors)),
@@ -94,8 +141,12 @@ def _by_color(file_name: str, colors: np.ndarray, metadata: Metadata) -> np.ndar
         metadata.get("ignore_label", 255),
     )
     place = np.searchsorted(known, colors).clip(max=len(known) - 1)
-    wrong = colors[known[place] != colors]
-    if len(wrong):
+    unknown = known[place] != colors
+    wrong = colors[unknown]
+    if len(wrong) and metadata.get("label_nearest", False):
+        found, which = np.unique(wrong, return_inverse=True)
+        place[unknown] = nearest_colors(found, known)[which.reshape(-1)]
+    elif len(wrong):
         found, counts = np.unique(wrong, return_counts=True)
         color, most = int(found[counts.argmax()]), counts.max()
         raise InputError(
@@ -118,12 +169,44 @@ def _color_table(
 
 
 @cache
-def _table(classes: tuple[int, ...], ignored: tuple[int, ...], ignore_label: int) -> np.ndarray:
-    """Class id (or ignore label, or invalid) of every value of a label file."""
-    table = np.full(1 << 16, _INVALID, dtype=np.int32)
+def _table(
+    classes: tuple[int, ...],
+    ignored: tuple[int, ...],
+    ignore_label: int,
+    nearest: bool = False,
+    threshold: int = 0,
+) -> np.ndarray:
+    """Class id (or ignore label, or invalid) of every value of a label file; last, that of -1."""
+    table = np.full((1 << 16) + 1, _INVALID, dtype=np.int32)
+    if nearest:
+        known = np.array(sorted({*classes, *ignored} - {-1}))
+        values = known[nearest_values(np.arange(1 << 16), known)]
+        table[:-1] = _table(classes, ignored, ignore_label)[values]
+    if threshold:
+        lower, upper = sorted(range(2), key=lambda k: classes[k])
+        table[:threshold], table[threshold:-1] = lower, upper
     table[list(classes)] = np.arange(len(classes))
     table[list(ignored)] = ignore_label
     return table
+
+
+def nearest_values(values: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """Place of the nearest of some known values, which increase; the lower one of two."""
+    return np.searchsorted((known[1:] + known[:-1]) / 2, values)
+
+
+def nearest_colors(colors: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """Place of the nearest known color, by the sum of squares; both as :func:`label_colors`."""
+    place = np.zeros(len(colors), dtype=np.int64)
+    least = np.full(len(colors), np.iinfo(np.int64).max)
+    for i, color in enumerate(known.tolist()):
+        distance = sum(
+            ((colors >> shift & 255).astype(np.int64) - (color >> shift & 255)) ** 2
+            for shift in (16, 8, 0)
+        )
+        place[distance < least] = i
+        least = np.minimum(least, distance)
+    return place
 
 
 def _class_values(metadata: Metadata) -> list[int]:

@@ -13,7 +13,7 @@ from PIL import ExifTags, Image, ImageOps
 from ..errors import InputError
 from .augmentation import SemSegInput, build_test_augmentation, build_train_augmentation
 from .files import same_file
-from .labels import read_labels
+from .labels import is_array, label_values, read_label_file, read_labels
 from .own import register_own_dataset
 
 IMAGE_FORMATS = ("RGB", "BGR")
@@ -61,6 +61,8 @@ def read_image(file_name: str, image_format: str, label_file: str | None = None)
 def _size_in_header(file_name: str | None) -> tuple[int, int] | None:
     """(width, height), None if there is no such file or it is no image."""
     try:
+        if is_array(file_name):
+            return read_label_file(file_name, label_values).shape[::-1]
         with PathManager.open(file_name, "rb") as file, Image.open(file) as image:
             return image.size
     except Exception:

@@ -45,6 +45,7 @@ def register_own_dataset(cfg: CfgNode) -> None:
             "label_ignored": own.LABEL_IGNORED,
         }
     )
+    labels |= {"label_nearest": own.LABEL_NEAREST, "label_threshold": own.LABEL_THRESHOLD}
     for split in ("train", "val"):
         name = f"{own.NAME}_{split}"
         if name in _registered:
@@ -189,8 +190,15 @@ def _check(own: CfgNode, ignore_label: int) -> None:
                 )
     for key in ("LABEL_IDS", "LABEL_IGNORED"):
         for value in own[key]:
-            if not isinstance(value, int) or not 0 <= value <= 65535:
+            least = 0 if key == "LABEL_IDS" else -1  # -1 is in NumPy files
+            if not isinstance(value, int) or not least <= value <= 65535:
                 raise InputError(f"DATASETS.OWN.{key} has {value!r}, expected numbers of 0..65535")
+    if own.LABEL_THRESHOLD:
+        ids = own.LABEL_IDS or range(count)
+        if own.LABEL_NEAREST or own.LABEL_COLORS:
+            refuse("LABEL_THRESHOLD", "0 beside LABEL_NEAREST or LABEL_COLORS")
+        if count != 2 or not min(ids) < own.LABEL_THRESHOLD <= max(ids):
+            refuse("LABEL_THRESHOLD", f"two classes with a value below it and one not, not {ids}")
     if own.LABEL_IDS and own.LABEL_COLORS:
         refuse("LABEL_IDS", "[] beside LABEL_COLORS")
     ids, colors = own.LABEL_IDS or range(count), map(tuple, own.LABEL_COLORS)

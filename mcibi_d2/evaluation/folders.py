@@ -5,10 +5,9 @@ from pathlib import Path
 
 import numpy as np
 from detectron2.data import MetadataCatalog
-from PIL import Image
 
 from ..data.files import LABEL_SUFFIXES, Found, find_files
-from ..data.labels import label_values, read_labels
+from ..data.labels import label_values, read_label_file, read_labels
 from ..errors import InputError
 from .server_files import CITYSCAPES_NAME
 
@@ -83,16 +82,7 @@ def read_prediction(path: str | Path, dataset_name: str, pixels: str = "classes"
     if pixels == "labels":
         labels = read_labels(str(path), dataset_name)
         return np.where(labels == metadata.ignore_label, np.int32(-1), labels)
-    try:
-        with Image.open(path) as image:
-            values = label_values(image)
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise InputError(f"{path}: cannot be read as a prediction ({error})") from error
-    if values.ndim != 2 or not np.issubdtype(values.dtype, np.integer):
-        raise InputError(
-            f"{path}: an image of shape {values.shape} and type {values.dtype}, expected one "
-            f"channel of class ids"
-        )
+    values = read_label_file(str(path), label_values)
     classes = len(metadata.stuff_classes)
     low, high = int(values.min()), int(values.max())
     if low < 0 or high >= classes:

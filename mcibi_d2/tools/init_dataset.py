@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,14 @@ from tqdm import tqdm
 from mcibi_d2 import InputError
 from mcibi_d2.data import read_image
 from mcibi_d2.data.datasets import data_root
-from mcibi_d2.data.labels import label_colors, label_values
+from mcibi_d2.data.labels import (
+    label_brightness,
+    label_colors,
+    label_values,
+    nearest_colors,
+    nearest_values,
+    read_label_file,
+)
 from mcibi_d2.data.own import is_taken, palette, split_pairs
 from mcibi_d2.data.pairs import Pair, find_pairs, guess_suffixes
 from mcibi_d2.engine import load_config
@@ -54,28 +62,39 @@ class _Label:
     """What one label file holds."""
 
     size: tuple[int, int]
-    # Pixels of each value, or of each color.
+    # Of each value, or of each color: its pixels, how many of them lie in no block of 2 x 2 of
+    # their own, and how many have a value between those of the two beside, or above and below.
     pixels: dict
+    thin: dict
+    between: dict
     in_color: bool
     # Of a palette, the color of each value.
     palette: dict[int, Color] | None
+    # Values that are not listed above, and the three numbers for all of them.
+    rest: np.ndarray
 
 
 @dataclass
 class _Labels:
-    """What all label files hold."""
+    """What all label files hold; of soft ones also the values that the others lie between."""
 
     form: str
     pixels: Counter
     files: Counter
     in_color: bool
     palette: dict[int, Color]
+    soft: list | None = None
 
 
-def _read(pair: Pair) -> _Label | str:
-    """The label of a pair, or what is wrong with the pair."""
+def _read(pair: Pair, how: str = "exact") -> _Label | str:
+    """The label of a pair, or what is wrong with the pair.
+
+    Args:
+        pair: image and label.
+        how: ``exact``; ``nearest``, JPEGs too; ``threshold``, brightness.
+    """
     try:
-        label = _read_label(pair.label)
+        label = _read_label(pair.label, how)
         # As training reads it, so that what is left out is what training would refuse.
         size = read_image(str(pair.image), "RGB", str(pair.label)).shape[:2]
         if label.size != size:
@@ -88,35 +107,74 @@ def _read(pair: Pair) -> _Label | str:
     return label
 
 
-def _read_label(path: Path) -> _Label:
-    try:
-        with Image.open(path) as image:
-            if image.format == "JPEG":
-                raise _Wrong(f"{path}: a JPEG, whose compression changes labels, expected a PNG")
-            in_color = image.mode in ("RGB", "RGBA", "LA", "PA", "CMYK")
-            values = label_colors(image) if in_color else label_values(image)
-            colors = image.getpalette("RGB") if image.mode == "P" else None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise _Wrong(f"{path}: cannot be read as a label image ({error})") from error
-    if values.ndim != 2 or not np.issubdtype(values.dtype, np.integer):
-        raise _Wrong(f"{path}: pixels of type {values.dtype}, expected values or colors of classes")
+def _read_label(path: Path, how: str) -> _Label:
+    in_color, colors = False, None
+
+    def values_of(image: Image.Image) -> np.ndarray:
+        nonlocal in_color, colors
+        if image.format == "JPEG" and how == "exact":
+            raise _Wrong(
+                f"{path}: a JPEG, whose compression changes labels, expected a PNG, or --nearest "
+                f"and the values or colors that were meant"
+            )
+        if how == "threshold":
+            return label_brightness(image)
+        in_color = image.mode in ("RGB", "RGBA", "LA", "PA", "CMYK", "YCbCr")
+        colors = image.getpalette("RGB") if image.mode == "P" else None
+        return label_colors(image) if in_color else label_values(image)
+
+    values = read_label_file(str(path), values_of)
     pixels = _count(values)
+    shown = values
+    if colors is not None:
+        # Between is said of colors; a palette has them in any order.
+        table = np.zeros(256, np.int32)
+        table[: len(colors) // 3] = np.array(colors).reshape(-1, 3) @ [1 << 16, 1 << 8, 1]
+        shown = table[values]
+    thin, between = _thin_pixels(values, shown, in_color or colors is not None)
+    counts = [pixels, _count(values[thin]), _count(values[between])]
+    rest = np.zeros(4, np.int64)
     if len(pixels) > MOST_CLASSES:
-        raise _Wrong(
-            f"{path}: {len(pixels)} {'colors' if in_color else 'values'}, too many for classes: a "
-            f"photograph, a smoothed mask or ids of objects, expected one value or color per class"
-        )
-    if in_color:
-        pixels = {_rgb(color): count for color, count in pixels.items()}
+        kept = set(sorted(pixels, key=pixels.__getitem__)[-MOST_CLASSES // 4 :])
+        rest[0] = len(pixels) - len(kept)
+        for i, of in enumerate(counts):
+            rest[i + 1] = sum(of.values()) - sum(of.get(value, 0) for value in kept)
+            counts[i] = {value: of.get(value, 0) for value in kept}
     table = None
     if colors is not None:
-        table = {value: tuple(colors[3 * value : 3 * value + 3]) for value in pixels}
-    return _Label(values.shape, pixels, in_color, table)
+        table = {value: tuple(colors[3 * value : 3 * value + 3]) for value in counts[0]}
+    if in_color:
+        counts = [{_rgb(color): count for color, count in of.items()} for of in counts]
+    return _Label(values.shape, *counts, in_color, table, rest)
+
+
+def _thin_pixels(
+    values: np.ndarray, shown: np.ndarray, in_color: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """Masks of the pixels in no block of 2 x 2 of one value, and of those between two others."""
+    beside, below = values[:, 1:] == values[:, :-1], values[1:] == values[:-1]
+    block = beside[1:] & beside[:-1] & below[:, 1:]
+    thin = np.ones(values.shape, bool)
+    for rows in (slice(1, None), slice(None, -1)):
+        for columns in (slice(1, None), slice(None, -1)):
+            thin[rows, columns] &= ~block
+    between = np.zeros(values.shape, bool)
+    if thin.any():
+        for shift in (16, 8, 0) if in_color else (None,):
+            part = shown if shift is None else shown >> shift & 255
+            for view, where in ((part, between), (part.T, between.T)):
+                before, middle, after = view[:, :-2], view[:, 1:-1], view[:, 2:]
+                where[:, 1:-1] |= (before < middle) & (middle < after)
+                where[:, 1:-1] |= (before > middle) & (middle > after)
+        between &= thin
+    return thin, between
 
 
 def _count(values: np.ndarray) -> dict[int, int]:
     """Pixels of each value. Labels come in runs, of which there are fewer than pixels."""
     flat = values.ravel()
+    if not flat.size:
+        return {}
     starts = np.flatnonzero(np.concatenate([[True], flat[1:] != flat[:-1]]))
     lengths = np.diff(starts, append=flat.size)
     found, place = np.unique(flat[starts], return_inverse=True)
@@ -128,20 +186,28 @@ def _rgb(color: int) -> Color:
     return color >> 16, color >> 8 & 255, color & 255
 
 
-def scan(pairs: list[Pair]) -> tuple[_Labels, Counter, dict[str, str]]:
+def scan(
+    pairs: list[Pair], how: str = "exact", named: list[str] | None = None, threshold: int = 0
+) -> tuple[_Labels, Counter, dict[str, str]]:
     """Read every file.
+
+    Args:
+        pairs: images and labels.
+        how: ``exact``, ``nearest`` or ``threshold``.
+        named: of ``nearest``: the values or colors that are meant; none: those found.
+        threshold: of ``threshold``.
 
     Returns:
         What the labels hold, how many images have each (height, width), and what is wrong with
         which images, by name.
 
     Raises:
-        InputError: no pair can be used, or the labels have more than ``MOST_CLASSES`` values.
+        InputError: no pair can be used, or the labels have more than ``MOST_CLASSES`` values, or
+            are soft.
     """
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        read = list(
-            tqdm(pool.map(_read, pairs), total=len(pairs), desc="Reading", unit="pair", leave=False)
-        )
+        reading = pool.map(partial(_read, how=how), pairs)
+        read = list(tqdm(reading, total=len(pairs), desc="Reading", unit="pair", leave=False))
     wrong = {p.name: x for p, x in zip(pairs, read, strict=True) if isinstance(x, str)}
     good = {p: x for p, x in zip(pairs, read, strict=True) if not isinstance(x, str)}
 
@@ -150,106 +216,267 @@ def scan(pairs: list[Pair]) -> tuple[_Labels, Counter, dict[str, str]]:
     meanings = {(value, color) for table in tables for value, color in table.items()}
     colors = sum(x.in_color for x in good.values())
     in_color = 2 * colors > len(good) or len(meanings) > len({value for value, _ in meanings})
-    pixels, files, sizes = Counter(), Counter(), Counter()
+    if tables and how == "nearest":
+        in_color = True  # what is near is said of colors
+    pixels, thin, between, files, sizes = Counter(), Counter(), Counter(), Counter(), Counter()
+    rest, crowded = np.zeros(4, np.int64), {}
     for pair, label in good.items():
-        counts = label.pixels
+        counts = [label.pixels, label.thin, label.between]
         if in_color and not label.in_color and label.palette is not None:
-            counts = Counter()
-            for value, count in label.pixels.items():
-                counts[label.palette[value]] += count
+            counts = [_by_palette(of, label.palette) for of in counts]
         elif label.in_color != in_color:
             kind, others = ("colors", "values") if label.in_color else ("values", "colors")
             wrong[pair.name] = f"{pair.label}: holds {kind}, most labels hold {others}"
             continue
-        pixels.update(counts)
-        files.update(counts.keys())
+        if label.rest[0]:
+            crowded[pair] = label
+            rest += label.rest
+            if how == "exact":
+                continue
+        for of_all, of in zip((pixels, thin, between), counts, strict=True):
+            of_all.update(of)
+        files.update(counts[0].keys())
         sizes[label.size] += 1
+    kind = "colors" if in_color else "values"
+    if how == "exact":
+        both = [Counter(pixels), Counter(thin), Counter(between)]
+        for label in crowded.values():
+            for of_all, of in zip(both, (label.pixels, label.thin, label.between), strict=True):
+                of_all.update(of)
+        meant = soft_values(*both, rest)
+        if meant is not None:
+            share = 100 * sum(both[0][v] for v in meant) / (sum(both[0].values()) + rest[1])
+            raise InputError(
+                f"the labels hold {len(both[0]) + rest[0]} {kind}, of which "
+                f"{', '.join(map(_text, meant))} have {share:.3g} % of the pixels and the others "
+                f"lie between them at their borders: soft masks (smoothed, resized, or once "
+                f"JPEGs); run this again with --nearest, for the nearest of these, with --nearest "
+                f"and the {kind} that are meant, or with --threshold VALUE, for two classes"
+            )
+        areas = sum(n for value, n in pixels.items() if 2 * thin[value] <= n)
+        if len(pixels) > 64 and 4 * areas < sum(pixels.values()) and _are_bytes(pixels):
+            raise InputError(
+                f"the labels hold {len(pixels)} {kind}, nearly all of them in no area of their "
+                f"own: photographs, expected one value or color per class"
+            )
+        for pair, label in crowded.items():
+            wrong[pair.name] = (
+                f"{pair.label}: {len(label.pixels) + label.rest[0]} {kind}, too many for classes: "
+                f"a photograph, a smoothed mask or ids of objects, expected one value or color per "
+                f"class"
+            )
     if not pixels:
         raise InputError(
             f"none of {len(pairs)} pairs can be used, expected some; {next(iter(wrong.values()))}"
         )
-    if len(pixels) > MOST_CLASSES:
+    if len(pixels) > MOST_CLASSES and how == "exact":
         raise InputError(
-            f"the labels hold {len(pixels)} {'colors' if in_color else 'values'}, too many for "
+            f"the labels hold {len(pixels)} {kind}, too many for "
             f"classes: smoothed masks or ids of objects, expected one value or color per class"
         )
-    form = "values" if not tables else "indices of a palette"
+    form = "values" if not tables or how == "threshold" else "indices of a palette"
     if in_color:
         form = "colors" if not tables else "colors, in palettes that differ between the files"
-    return _Labels(form, pixels, files, in_color, dict(meanings)), sizes, wrong
+        form = "colors" if how == "nearest" else form
+    labels = _Labels(form, pixels, files, in_color, dict(meanings))
+    if how == "nearest":
+        meant = soft_values(pixels, thin, between, rest)
+        _take_nearest(labels, _parse(named, labels, "--nearest") if named else meant)
+    elif how == "threshold":
+        _take_sides(labels, threshold)
+    return labels, sizes, wrong
+
+
+def _are_bytes(values: Iterable) -> bool:
+    return all(isinstance(value, tuple) or 0 <= value <= 255 for value in values)
+
+
+def _by_palette(counts: dict, palette: dict[int, Color]) -> Counter:
+    of_colors = Counter()
+    for value, count in counts.items():
+        of_colors[palette[value]] += count
+    return of_colors
+
+
+def soft_values(pixels: Counter, thin: Counter, between: Counter, rest: np.ndarray) -> list | None:
+    """Of soft labels, the values that the others lie between; None of others.
+
+    Classes are areas: nearly all pixels of a value lie in blocks of it, and where two meet there is
+    nothing between. At soft borders no value has an area, and from pixel to pixel the values rise
+    or fall. A class of lines is thin, but has the same on both sides.
+
+    Args:
+        pixels: of each value (or color).
+        thin: those that lie in no block of 2 x 2 pixels of their value.
+        between: those whose value is between those of the pixels on both sides.
+        rest: number of further values, and these three of all of them.
+    """
+    lines = [value for value in pixels if 2 * thin[value] > pixels[value]]
+    solid = [value for value in pixels if 2 * thin[value] <= pixels[value]]
+    if len(solid) == 1 and lines:
+        # What is meant may be thin itself, as vessels are; it is farthest from the others.
+        farthest = max(lines, key=lambda value: (_distance(value, solid[0]), pixels[value]))
+        lines.remove(farthest)
+        solid.append(farthest)
+    total = sum(pixels.values()) + rest[1]
+    at_borders = sum(pixels[value] for value in lines) + rest[1]
+    rising = sum(between[value] for value in lines) + rest[3]
+    if (
+        len(solid) < 2
+        or len(lines) + rest[0] < 2
+        or not 1e-4 * total < at_borders < 0.75 * total
+        or rising < 0.2 * at_borders
+    ):
+        return None
+    meant: list = []
+    for value in sorted(solid, key=lambda value: -pixels[value]):
+        # Compression leaves areas beside those of what is meant.
+        if not any(_distance(value, m) <= 8 and pixels[value] < 0.1 * pixels[m] for m in meant):
+            meant.append(value)
+    return sorted(meant) if len(meant) > 1 else None
+
+
+def _distance(one, other) -> int:
+    if isinstance(one, tuple):
+        return max(abs(a - b) for a, b in zip(one, other, strict=True))
+    return abs(one - other)
+
+
+def _take_nearest(labels: _Labels, meant: Iterable | None) -> None:
+    """Count each value as the nearest of those that are meant; None: all are."""
+    if meant is None:
+        return
+    known = sorted(meant)
+    found = sorted(labels.pixels)
+    if labels.in_color:
+        packed = [np.array(x) @ [1 << 16, 1 << 8, 1] for x in (known, found)]
+        places = nearest_colors(packed[1], packed[0])
+    else:
+        places = nearest_values(np.array(found), np.array(known))
+    _take(labels, {value: known[i] for value, i in zip(found, places, strict=True)})
+
+
+def _take_sides(labels: _Labels, threshold: int) -> None:
+    """Count each value as the most frequent one on its side of a threshold."""
+    sides: list = [[], []]
+    for value in labels.pixels:
+        sides[value >= threshold].append(value)
+    if not all(sides):
+        raise InputError(
+            f"--threshold is {threshold}, but the labels hold {min(labels.pixels)} to "
+            f"{max(labels.pixels)}, expected values below it and others"
+        )
+    most = [max(side, key=labels.pixels.__getitem__) for side in sides]
+    _take(labels, {value: most[value >= threshold] for value in labels.pixels})
+
+
+def _take(labels: _Labels, taken: dict) -> None:
+    pixels: Counter = Counter()
+    for value, count in labels.pixels.items():
+        pixels[taken[value]] += count
+    labels.soft = sorted(pixels)
+    labels.pixels = pixels
+    labels.files = Counter({value: labels.files[value] for value in pixels})
 
 
 def guess_ignored(labels: _Labels) -> tuple[set, list[str]]:
     """The values or colors that are probably no class, and sentences that say why or why not."""
-    found = sorted(labels.pixels)
-    if labels.in_color:
-        said = []
-        if (0, 0, 0) in labels.pixels:
-            said.append(
-                "Black is read as a class; if it means 'not labelled', run this again with "
-                "--ignore 0,0,0."
-            )
-        if VOC_BORDER in labels.pixels:
-            return {VOC_BORDER}, [
-                *said,
-                "224,224,192 is ignored: Pascal VOC's masks draw borders with it. If it is a "
-                "class, run this again with --ignore and the colors to ignore, if any.",
-            ]
-        return set(), said
-    if len(found) == 2 and found[0] == 0:
+    if labels.in_color and all(len(set(color)) == 1 for color in labels.pixels):
+        # Values that were saved in three equal channels.
+        ignored, said = _guess_values(sorted(color[0] for color in labels.pixels), "{0},{0},{0}")
+        return {(value,) * 3 for value in ignored}, said
+    if not labels.in_color:
+        return _guess_values(sorted(labels.pixels), "{}")
+    if len(labels.pixels) == 2 and (0, 0, 0) in labels.pixels:
         return set(), [
-            f"0 and {found[1]} alone are a mask: two classes, 'background' and 'object', and "
-            f"nothing is ignored."
+            f"0,0,0 and {_text(max(labels.pixels))} alone are a mask: two classes, 'background' "
+            f"and 'object', and nothing is ignored."
+        ]
+    said = []
+    if (0, 0, 0) in labels.pixels:
+        said.append(
+            "Black is read as a class; if it means 'not labelled', run this again with "
+            "--ignore 0,0,0."
+        )
+    if VOC_BORDER in labels.pixels:
+        return {VOC_BORDER}, [
+            *said,
+            "224,224,192 is ignored: Pascal VOC's masks draw borders with it. If it is a "
+            "class, run this again with --ignore and the colors to ignore, if any.",
+        ]
+    return set(), said
+
+
+def _guess_values(found: list[int], form: str) -> tuple[set, list[str]]:
+    """The same of values, which increase; ``form`` is how a sentence and --ignore have one."""
+    if len(found) == 2 and -1 not in found:
+        first, last = map(form.format, found)
+        meaning = (
+            "are a mask: two classes, 'background' and 'object',"
+            if found[0] == 0
+            else "are two classes,"
+        )
+        return set(), [
+            f"{first} and {last} alone {meaning} and nothing is ignored."
             + (
-                " (255 often means 'ignore', but then one class would be left.)"
-                if found[1] == 255
+                f" ({last} often means 'ignore', but then one class would be left.)"
+                if found[1] in (255, 65535)
                 else ""
             )
         ]
-    said = []
+    said, ignored = [], set()
+    if found[0] == -1:
+        ignored.add(-1)
+        said.append("-1 is ignored: no class has it.")
+        found = found[1:]
     if found[0] == 0:
         said.append(
-            "0 is read as a class; if it means 'not labelled', run this again with --ignore 0"
+            f"{form.format(0)} is read as a class; if it means 'not labelled', run this again with "
+            f"--ignore {form.format(0)}"
             + (" and the others to ignore." if found[-1] in (255, 65535) else ".")
         )
     *others, last = found
     # Three or more levels of gray, such as 0, 127, 255, are classes.
     numbered = len(others) > 1 and (others[-1] < 100 or len(others) > 16)
     if last in (255, 65535) and numbered and last > others[-1] + 1:
-        return {last}, [
-            *said,
-            f"{last} is ignored: it is the usual value for it, and the others end at "
-            f"{others[-1]}. If it is a class, run this again with --ignore and the values to "
-            f"ignore, if any.",
-        ]
-    return set(), said
+        said.append(
+            f"{form.format(last)} is ignored: it is the usual value for it, and the others end at "
+            f"{form.format(others[-1])}. If it is a class, run this again with --ignore and the "
+            f"values to ignore, if any."
+        )
+        ignored.add(last)
+    return ignored, said
 
 
-def _parse_ignored(texts: list[str], labels: _Labels) -> set:
-    """Of ``--ignore``: values, or colors as 224,224,192."""
-    ignored = set()
+def _parse(texts: list[str], labels: _Labels, option: str = "--ignore") -> set:
+    """Of ``--ignore`` and ``--nearest``: values, or colors as 224,224,192."""
+    parsed = set()
     for text in texts:
         parts = text.split(",")
-        if len(parts) != (3 if labels.in_color else 1) or not all(p.isdecimal() for p in parts):
+        if len(parts) != (3 if labels.in_color else 1) or not all(
+            p.lstrip("-").isdecimal() for p in parts
+        ):
             expected = "a color such as 224,224,192" if labels.in_color else "a value such as 255"
-            raise InputError(f"--ignore {text}: expected {expected}, as the labels hold")
+            raise InputError(f"{option} {text}: expected {expected}, as the labels hold")
         value = tuple(map(int, parts)) if labels.in_color else int(text)
-        if value not in labels.pixels:
-            raise InputError(f"--ignore {text}: no label holds it, expected one that they hold")
-        ignored.add(value)
-    return ignored
+        if value not in labels.pixels and option == "--ignore":
+            raise InputError(f"{option} {text}: no label holds it, expected one that they hold")
+        parsed.add(value)
+    return parsed
 
 
 def name_classes(classes: list, labels: _Labels) -> tuple[list[str], list[list[int]]]:
     """Names and colors to begin with."""
-    if labels.in_color:
+    if labels.in_color and not (len(classes) == len(labels.pixels) == 2 and not any(classes[0])):
         names = ["color_{}_{}_{}".format(*color) for color in classes]
         # Values that were saved in three equal channels are too dark to tell apart.
         gray = all(len(set(color)) == 1 for color in classes)
         return names, palette(len(classes)) if gray else [list(color) for color in classes]
     names = [f"class_{value}" for value in classes]
-    if len(labels.pixels) == 2 and classes[0] == 0:
+    if len(labels.pixels) == 2 and classes[0] in (0, (0, 0, 0)):
         names = ["background", "object"]
+    if labels.in_color:
+        return names, palette(2) if len(set(classes[1])) == 1 else [list(c) for c in classes]
     colors = {labels.palette.get(value) for value in classes} - {None}
     if len(colors) == len(classes):
         return names, [list(labels.palette[value]) for value in classes]
@@ -367,6 +594,16 @@ def write_config(
             f"    LABEL_IDS: {_quoted(own.LABEL_IDS)}",
             f"    LABEL_IGNORED: {_quoted(own.LABEL_IGNORED)}",
         ]
+    if own.LABEL_NEAREST:
+        lines += [
+            "    # Every other value or color is taken as the nearest of these.",
+            "    LABEL_NEAREST: true",
+        ]
+    if own.LABEL_THRESHOLD:
+        lines += [
+            "    # Values (of colors, brightness) from here on are the second class.",
+            f"    LABEL_THRESHOLD: {own.LABEL_THRESHOLD}",
+        ]
     lines += ["MODEL:", "  SEM_SEG_HEAD:", f"    NUM_CLASSES: {count}"]
     if head.CLASS_WEIGHTS:
         lines.append("    CLASS_WEIGHTS: []")
@@ -479,15 +716,29 @@ def init_dataset(args: argparse.Namespace) -> None:
     others = [path for some in found for path in some.others]
     if others:
         said.append(f"{len(others)} files have no such name and are not read, as {others[0]}.")
-    labels, sizes, wrong = scan(pairs)
+    how = "exact" if args.nearest is None else "nearest"
+    if args.threshold is not None:
+        if args.nearest is not None:
+            raise InputError("--threshold and --nearest are both given, expected one of them")
+        if args.threshold < 1:
+            raise InputError(f"--threshold is {args.threshold}, expected 1 or more")
+        how = "threshold"
+    labels, sizes, wrong = scan(pairs, how, args.nearest, args.threshold or 0)
     own.EXCLUDED = sorted(wrong)
     train = split_pairs(own, "train").pairs
     val = split_pairs(own, "val").pairs if own.VAL or own.VAL_SHARE else []
 
     ignored, why = guess_ignored(labels)
     if args.ignore is not None:
-        ignored, why = _parse_ignored(args.ignore, labels), []
+        ignored, why = _parse(args.ignore, labels), []
     said += why
+    if labels.soft:
+        values = ", ".join(map(_text, labels.soft))
+        said.append(
+            f"Each pixel is taken as the nearest of {values}."
+            if how == "nearest"
+            else f"Pixels from {args.threshold} on are one class, the others the other."
+        )
     twice = {pair.image for pair in train} & {pair.image for pair in val}
     if twice:
         said.append(f"{len(twice)} images are both for training and for evaluation: {min(twice)}")
@@ -503,6 +754,7 @@ def init_dataset(args: argparse.Namespace) -> None:
         own.IGNORED_COLORS = [list(color) for color in sorted(ignored)]
     else:
         own.LABEL_IDS, own.LABEL_IGNORED = classes, sorted(ignored)
+    own.LABEL_NEAREST, own.LABEL_THRESHOLD = how == "nearest", args.threshold or 0
     alone = [path for some in found for path in some.alone]
     links = [sentence for some in found for sentence in some.links]
     names = dict(zip(classes, own.CLASS_NAMES, strict=True))
@@ -572,6 +824,15 @@ def make_parser() -> ToolParser:
         "--ignore", nargs="*", metavar="VALUE",
         help="values (255) or colors (224,224,192) without ground truth, instead of a guess; "
              "nothing after it: none",
+    )  # fmt: skip
+    parser.add_argument(
+        "--nearest", nargs="*", metavar="VALUE",
+        help="of soft masks (smoothed, resized, JPEGs): take each pixel as the nearest of these "
+             "values or colors; nothing after it: of those that have areas",
+    )  # fmt: skip
+    parser.add_argument(
+        "--threshold", type=int, metavar="VALUE",
+        help="or: two classes, of the values (of colors, their brightness) below it, and others",
     )  # fmt: skip
     parser.add_argument("--base", type=Path, default=BASE, help="config of the model and recipe")
     parser.add_argument("--force", action="store_true", help="overwrite the config")
