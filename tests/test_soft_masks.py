@@ -15,6 +15,7 @@ from mcibi_d2.data import own
 from mcibi_d2.data.labels import read_labels
 from mcibi_d2.engine import load_config
 from mcibi_d2.tools import check_dataset, init_dataset
+from mcibi_d2.tools.command import run_tool
 
 TINY = str(ROOT / "configs/scenes/mcibi_tiny.yaml")
 COUNT, SIZE = 3, (80, 64)  # (width, height)
@@ -115,7 +116,7 @@ def write(folder, form, made=None, suffix="png"):
 def init(folder, *options):
     sys.argv = ["init_dataset", str(folder / "images"), str(folder / "labels"), "--base", TINY,
                 "--force", "--output", str(folder / "mine.yaml"), *map(str, options)]  # fmt: skip
-    init_dataset.main()
+    run_tool(init_dataset.main)
     return load_config(str(folder / "mine.yaml")).DATASETS.OWN
 
 

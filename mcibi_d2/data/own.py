@@ -154,10 +154,10 @@ def _check(own: CfgNode, ignore_label: int) -> None:
         raise InputError(f"DATASETS.OWN.{key} is {own[key]!r}, expected {expected}")
 
     if not own.TRAIN and not own.VAL:
-        refuse("TRAIN", "[images, labels] or [list or manifest]")
+        refuse("TRAIN", "[images, labels] or [list or manifest] or [folder of both]")
     for key in ("TRAIN", "VAL"):
         if len(own[key]) > 2 or not all(isinstance(path, str) and path for path in own[key]):
-            refuse(key, "[images, labels] or [list or manifest]")
+            refuse(key, "[images, labels] or [list or manifest] or [folder of both]")
     if not 0 <= own.VAL_SHARE < 1:
         refuse("VAL_SHARE", "0 <= share < 1")
     if own.VAL and own.VAL_SHARE:

@@ -244,7 +244,9 @@ _byte = Whole(0, 255)
 _colors = Several("a list", _ANY_COUNT, Several("[red, green, blue]", (3,), _byte))
 _label = Whole(0, 65535)
 _RESULT = Several("[task, metric, value, tolerance]", (4,), Anything())
-_source = Several("[images, labels] or [list or manifest]", (0, 1, 2), Text("a path"))
+_source = Several(
+    "[images, labels] or [list or manifest] or [folder of both]", (0, 1, 2), Text("a path")
+)
 
 
 def _section(name: str, rules: dict[str, Rule]) -> Iterable[tuple[str, Rule]]:
@@ -412,9 +414,12 @@ TABLE: dict[str, Rule] = dict(
                 ),
                 "OWN.CLASS_COLORS": _colors,
                 "OWN.LABEL_IDS": Several("a list", _ANY_COUNT, _label),
-                "OWN.LABEL_IGNORED": Several("a list", _ANY_COUNT, _label),
+                # NumPy files may hold -1.
+                "OWN.LABEL_IGNORED": Several("a list", _ANY_COUNT, Whole(-1, 65535)),
                 "OWN.LABEL_COLORS": _colors,
                 "OWN.IGNORED_COLORS": _colors,
+                "OWN.LABEL_NEAREST": _switch,
+                "OWN.LABEL_THRESHOLD": _label,
             },
         ),
         *_section(
