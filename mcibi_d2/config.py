@@ -129,6 +129,15 @@ def add_mcibi_config(cfg: CN) -> None:
     # (nearest) after each of them; released for ViT: 2 and 4.
     cfg.MODEL.SEM_SEG_HEAD.AUX_CONVS = 1
     cfg.MODEL.SEM_SEG_HEAD.AUX_UPSAMPLING = 1
+    # Of all predictions over pixels: cross_entropy, over all valid pixels; ohem, over the hard ones
+    # alone (online hard example mining, Shrivastava et al., CVPR 2016, as OCNet and HRNet do it for
+    # pixels).
+    cfg.MODEL.SEM_SEG_HEAD.LOSS = "cross_entropy"
+    cfg.MODEL.SEM_SEG_HEAD.OHEM = CN()
+    # Pixels are hard whose own class gets a smaller probability ...
+    cfg.MODEL.SEM_SEG_HEAD.OHEM.THRESHOLD = 0.7
+    # ... and at least so many with the largest losses, of the images of one process.
+    cfg.MODEL.SEM_SEG_HEAD.OHEM.MIN_KEPT = 100000
     # One weight per class for the cross-entropies over pixels; empty: all alike.
     cfg.MODEL.SEM_SEG_HEAD.CLASS_WEIGHTS = []
 

@@ -10,7 +10,7 @@ from conftest import ROOT
 
 PACKAGE = ROOT / "mcibi_d2"
 # Which rooms a room may import, beside packages from outside.
-TORCH_ONLY = {"memory", "attention", "fusion", "blocks"}
+TORCH_ONLY = {"memory", "attention", "fusion", "blocks", "losses"}
 ALLOWED = {
     "config": set(),
     "errors": set(),

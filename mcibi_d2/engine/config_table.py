@@ -21,6 +21,7 @@ from ..modeling.head import (
     AGGREGATIONS,
     CONTEXT_NAMES,
     KERNELS,
+    LOSSES,
     RCL_BATCH_NORMS,
 )
 from ..modeling.memory import UPDATES
@@ -335,6 +336,9 @@ TABLE: dict[str, Rule] = dict(
                 "LOSS_WEIGHT": _weight,
                 "DROPOUT": _below_one,
                 "ACTIVATION": Choice(ACTIVATIONS),
+                "LOSS": Choice(LOSSES),
+                "OHEM.THRESHOLD": _share,
+                "OHEM.MIN_KEPT": Whole(1, 2**31),
                 "AUX_FEATURES": _names,
                 "AUX_LOSS_WEIGHT": _weight,
                 "AUX_CONVS": Whole(1, 100),

@@ -14,6 +14,7 @@ from .attention import Attention, RowAttention, SlotAttention
 from .blocks import classifier, conv_norm_relu, make_leaky, resolve_norm
 from .context import CONTEXTS
 from .fusion import FUSIONS
+from .losses import hard_pixels_cross_entropy, resized_cross_entropy
 from .memory import UPDATES, FeatureMemory
 from .norms import norm_factory
 
@@ -25,6 +26,8 @@ ACTIVATIONS = ("relu", "leaky_relu")
 CONTEXT_NAMES = ("none", *CONTEXTS)
 # Of the projection and of the concat fusion.
 KERNELS = (1, 3)
+# Of the cross-entropies over pixels: see MCIBIHead.
+LOSSES = ("cross_entropy", "ohem")
 
 
 @SEM_SEG_HEADS_REGISTRY.register()
@@ -90,6 +93,10 @@ class MCIBIHead(nn.Module):
             use their running statistics, and do not change them. ``"batch"``: they use those of
             the initialised rows, which also enter the running ones, as in the released code; with
             a single row, which has no variance, they do as with ``"running"``.
+        loss: ``cross_entropy``, over all valid pixels, or ``ohem``, over the hard ones of each
+            prediction alone: :func:`mcibi_d2.modeling.losses.hard_pixels_cross_entropy`.
+        ohem_threshold: of ``ohem``, the probability below which a pixel is hard.
+        ohem_min_kept: of ``ohem``, the least number of pixels in a batch of one process.
         loss_weight: weight of ``loss_o``.
         loss_weight_w: alpha of Eq. 19.
         loss_weight_m: beta of Eq. 19.
@@ -127,6 +134,9 @@ class MCIBIHead(nn.Module):
         aspp_dilations: Sequence[int] = (),
         activation: str = "relu",
         rcl_bn: str = "running",
+        loss: str = "cross_entropy",
+        ohem_threshold: float = 0.7,
+        ohem_min_kept: int = 100_000,
         loss_weight: float = 1.0,
         loss_weight_w: float = 0.4,
         loss_weight_m: float = 1.0,
@@ -156,6 +166,7 @@ class MCIBIHead(nn.Module):
             ("MCIBI.MEMORY.UPDATE", memory_update, UPDATES),
             ("MCIBI.RCL_BN", rcl_bn, RCL_BATCH_NORMS),
             ("SEM_SEG_HEAD.ACTIVATION", activation, ACTIVATIONS),
+            ("SEM_SEG_HEAD.LOSS", loss, LOSSES),
         ):
             if value not in known:
                 raise InputError(
@@ -182,6 +193,9 @@ class MCIBIHead(nn.Module):
         self.enabled = enabled
         self.aggregation = aggregation
         self.hard = hard
+        self.loss = loss
+        self.ohem_threshold = ohem_threshold
+        self.ohem_min_kept = ohem_min_kept
         self.loss_weight = loss_weight
         self.loss_weight_w = loss_weight_w
         self.loss_weight_m = loss_weight_m
@@ -292,6 +306,9 @@ class MCIBIHead(nn.Module):
             "aspp_dilations": mcibi.ASPP_DILATIONS,
             "activation": head.ACTIVATION,
             "rcl_bn": mcibi.RCL_BN,
+            "loss": head.LOSS,
+            "ohem_threshold": head.OHEM.THRESHOLD,
+            "ohem_min_kept": head.OHEM.MIN_KEPT,
             "loss_weight": head.LOSS_WEIGHT,
             "loss_weight_w": mcibi.LOSS_WEIGHT_W,
             "loss_weight_m": mcibi.LOSS_WEIGHT_M,
@@ -382,19 +399,10 @@ class MCIBIHead(nn.Module):
 
     def _pixel_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Cross-entropy at the targets' size, averaged over valid pixels (Eq. 16, 18)."""
-        logits = F.interpolate(
-            logits.float(), size=targets.shape[-2:], mode="bilinear", align_corners=False
-        )
-        weights = self.class_weights
-        total = F.cross_entropy(
-            logits, targets, weights, ignore_index=self.ignore_value, reduction="sum"
-        )
-        valid = targets != self.ignore_value
-        if weights is None:
-            share = valid.sum()
-        else:
-            share = weights[targets.clamp(0, self.num_classes - 1)].mul(valid).sum()
-        return total / share.clamp_min(torch.finfo(total.dtype).tiny)
+        arguments = (logits, targets, self.class_weights, self.ignore_value)
+        if self.loss == "ohem":
+            return hard_pixels_cross_entropy(*arguments, self.ohem_threshold, self.ohem_min_kept)
+        return resized_cross_entropy(*arguments)
 
     def _memory_loss(self) -> Tensor:
         """Cross-entropy of H2 on the memory's rows, over the initialised ones (Eq. 15, 17)."""
