@@ -1,6 +1,7 @@
 """The predictor and the demo: labels, scores, pictures, and what they make of bad files."""
 
 import sys
+import tempfile
 
 import cv2
 import numpy as np
@@ -162,6 +163,48 @@ def test_images_and_videos(monkeypatch, capsys, tmp_path, cfg, weights):
         assert np.abs(drawn[:height, :width] - expected.overlay).mean() < 6
     frames = read_video(output / "film.mp4")
     assert len(frames) == 5 and len({frame.shape for frame in frames}) == 1
+
+
+class AsciiCapture:
+    """What OpenCV does on Windows."""
+
+    real = cv2.VideoCapture
+
+    def __new__(cls, source):
+        return cls.real(source if str(source).isascii() else "mangled")
+
+
+class AsciiWriter(AsciiCapture):
+    real = cv2.VideoWriter
+
+    def __new__(cls, path, *arguments):
+        return cls.real(path if path.isascii() else "/nowhere/mangled.mp4", *arguments)
+
+
+def test_names_outside_ascii_where_opencv_cannot_take_them(monkeypatch, tmp_path, weights):
+    inputs, output = tmp_path / "Straße", tmp_path / "aus 道路"
+    inputs.mkdir()
+    cv2.imwrite(str(inputs / "grün.png"), picture())
+    write_video(tmp_path / "film.avi", 2)
+    (tmp_path / "film.avi").rename(inputs / "фильм.avi")
+    monkeypatch.setattr(cv2, "imwrite", None)
+    monkeypatch.setattr(cv2, "imread", None)
+    monkeypatch.setattr(cv2, "VideoCapture", AsciiCapture)
+    monkeypatch.setattr(cv2, "VideoWriter", AsciiWriter)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    run(monkeypatch, weights, output, inputs, options=["--labels", "--confidence"])
+    written = {str(path.relative_to(output)) for path in output.rglob("*") if path.is_file()}
+    labels = {f"фильм_labels/{i:06d}.png" for i in range(2)} | {"grün_labels.png"}
+    assert written == labels | {
+        "grün.jpg", "grün_confidence.png", "фильм.mp4", "фильм_confidence.mp4"
+    }  # fmt: skip
+    assert list((tmp_path / "temporary").iterdir()) == []
+    data = np.fromfile(output / "grün_labels.png", np.uint8)
+    assert cv2.imdecode(data, cv2.IMREAD_UNCHANGED).shape == picture().shape[:2]
+    (output / "фильм.mp4").rename(tmp_path / "film.mp4")
+    monkeypatch.undo()
+    assert len(read_video(tmp_path / "film.mp4")) == 2
 
 
 def test_video_that_breaks_off(monkeypatch, capsys, tmp_path, weights):

@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import subprocess
 import sys
 
@@ -110,3 +111,9 @@ def test_without_detectron2_one_error_says_how_to_get_it(tmp_path):
     last = run.stderr.strip().splitlines()[-1]
     assert last.startswith("ImportError: mcibi_d2 needs Detectron2")
     assert "make install" in last and "pip install --no-build-isolation git+" in last
+
+
+def test_pictures_are_not_read_or_written_by_name_in_opencv():
+    """It changes names outside ASCII on Windows."""
+    for path in [*FILES, *(ROOT / "datasets").glob("*.py")]:
+        assert not re.search(r"cv2\.im(read|write)\b", path.read_text("utf-8")), path

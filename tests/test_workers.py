@@ -2,6 +2,7 @@
 
 import logging
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -177,6 +178,15 @@ def test_loaders_take_the_keys_and_estimate_what_they_need(tmp_path, monkeypatch
     assert len(said) == 2
     cfg.DATALOADER.NUM_WORKERS = 0
     assert build_train_loader(cfg).timeout == 0
+
+
+def test_loaders_go_to_workers_that_are_started_not_forked(tmp_path):
+    cfg = make_tiny_cfg(tmp_path, "DATALOADER.NUM_WORKERS", "1")
+    for made in (build_train_loader(cfg), build_test_loader(cfg, "scenes_val")):
+        sent = pickle.dumps((made.dataset, made.collate_fn, made.worker_init_fn))
+        dataset, collate, _ = pickle.loads(sent)
+        (sample,) = collate([next(iter(dataset))])
+        assert sample["image"].dtype == torch.uint8
 
 
 def _setup(args):

@@ -91,7 +91,8 @@ def _passing_signals_on() -> Iterator[None]:
     def pass_on(number: int, frame: FrameType | None) -> None:
         told.append(number)
         for process in multiprocessing.active_children():
-            os.kill(process.pid, number if len(told) == 1 else signal.SIGKILL)
+            # Windows has no SIGKILL.
+            process.kill() if len(told) > 1 else os.kill(process.pid, number)
         if len(told) > 1:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)

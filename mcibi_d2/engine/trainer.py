@@ -451,7 +451,7 @@ class KeepBest(HookBase):
     def before_train(self) -> None:
         """Read the best value so far, if this run goes on."""
         if self.trainer.start_iter > 0 and os.path.isfile(self._record):
-            with open(self._record) as file:
+            with open(self._record, encoding="utf-8") as file:
                 self.best = json.load(file)["value"]
 
     def after_step(self) -> None:

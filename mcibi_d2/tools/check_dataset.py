@@ -195,7 +195,7 @@ def _say_problems(problems: list[str], file: Path) -> None:
         file.unlink(missing_ok=True)
         print("No problems.")
         return
-    file.write_text("\n".join(problems) + "\n")
+    file.write_text("\n".join(problems) + "\n", encoding="utf-8")
     print(f"\n{len(problems):,} problems:")
     print("\n".join(problems[:SHOWN_PROBLEMS]))
     if len(problems) > SHOWN_PROBLEMS:

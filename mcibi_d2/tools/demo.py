@@ -8,7 +8,9 @@ it; of film.avi, film.mp4.
 """
 
 import mimetypes
+import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,7 +26,7 @@ from mcibi_d2.data.files import find_files
 from mcibi_d2.engine import load_config
 from mcibi_d2.predict import Predictor
 from mcibi_d2.tools.command import ToolParser, run_tool
-from mcibi_d2.visualization import with_legend
+from mcibi_d2.visualization import with_legend, write_picture
 
 
 class Clock:
@@ -47,6 +49,43 @@ class Clock:
         total = sum(self.seconds.values())
         shares = ", ".join(f"{part} {100 * s / total:.0f} %" for part, s in self.seconds.items())
         return f"{frames} pictures, {frames / total:.2f} per second ({shares})."
+
+
+class VideoFile:
+    """A video that is written frame by frame.
+
+    OpenCV changes names outside ASCII on Windows: such a video gets its name when it is complete.
+
+    Args:
+        path: of the file.
+        rate: frames per second.
+        size: (width, height) of the frames.
+
+    Raises:
+        InputError: OpenCV cannot write it.
+    """
+
+    def __init__(self, path: Path, rate: float, size: tuple[int, int]):
+        self._path = path
+        self._folder = None if str(path).isascii() else tempfile.mkdtemp()
+        self._target = Path(self._folder, f"video{path.suffix}") if self._folder else path
+        codec = cv2.VideoWriter_fourcc(*"mp4v")
+        self._writer = cv2.VideoWriter(str(self._target), codec, rate, size)
+        if not self._writer.isOpened():
+            if self._folder:
+                shutil.rmtree(self._folder, ignore_errors=True)
+            raise InputError(f"{path}: OpenCV cannot write this video")
+
+    def write(self, frame: np.ndarray) -> None:
+        """Append a frame (H, W, 3) uint8 BGR."""
+        self._writer.write(frame)
+
+    def close(self) -> None:
+        """Complete the file."""
+        self._writer.release()
+        if self._folder:
+            shutil.move(self._target, self._path)
+            shutil.rmtree(self._folder, ignore_errors=True)
 
 
 class Demo:
@@ -91,8 +130,10 @@ class Demo:
         """Write a picture to a file of the output folder."""
         path = self.output / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        if not cv2.imwrite(str(path), picture):
-            raise InputError(f"{path}: cannot be written")
+        try:
+            write_picture(path, picture)
+        except OSError as error:
+            raise InputError(f"{path}: cannot be written ({error.strerror or error})") from error
 
     def image(self, path: Path, name: str) -> None:
         """Segment an image file."""
@@ -116,14 +157,22 @@ class Demo:
         Stopped by Ctrl-C, or where the file breaks off, it keeps the frames that are done.
         """
         capture = cv2.VideoCapture(source)
-        if not capture.isOpened():
-            self.problems.append(f"skipped {source}: cannot be read as a video")
-            return
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+            if not capture.isOpened() and not str(source).isascii() and Path(source).is_file():
+                # OpenCV does not find such names on Windows.
+                copy = shutil.copyfile(source, Path(folder, f"video{Path(source).suffix}"))
+                capture = cv2.VideoCapture(str(copy))
+            if not capture.isOpened():
+                self.problems.append(f"skipped {source}: cannot be read as a video")
+                return
+            self._frames(capture, source, name, most)
+
+    def _frames(self, capture: cv2.VideoCapture, source: str | int, name: str, most: int) -> None:
         webcam = isinstance(source, int)
         said = 0 if webcam else max(0, int(capture.get(cv2.CAP_PROP_FRAME_COUNT)))
         rate = capture.get(cv2.CAP_PROP_FPS) or 25
         total = min(said, most) if said and most else said or most
-        writers: dict[str, cv2.VideoWriter] = {}
+        writers: dict[str, VideoFile] = {}
         done = 0
         try:
             with tqdm(total=total or None, desc=name, unit="frame") as bar:
@@ -150,25 +199,21 @@ class Demo:
             capture.release()
             with self.clock("draw and write"):
                 for writer in writers.values():
-                    writer.release()
+                    writer.close()
         if done == 0:
             self.problems.append(f"skipped {source}: has no frame that can be read")
         elif done < total:
             self.problems.append(f"{source}: ends after {done} of {total} frames, which are kept")
 
     def _append(
-        self, writers: dict[str, cv2.VideoWriter], name: str, rate: float, frame: np.ndarray
+        self, writers: dict[str, VideoFile], name: str, rate: float, frame: np.ndarray
     ) -> None:
         # The codec wants even sides.
         frame = np.pad(
             frame, ((0, frame.shape[0] % 2), (0, frame.shape[1] % 2), (0, 0)), mode="edge"
         )
         if name not in writers:
-            path = self.output / f"{name}.mp4"
-            codec = cv2.VideoWriter_fourcc(*"mp4v")
-            writers[name] = cv2.VideoWriter(str(path), codec, rate, frame.shape[1::-1])
-            if not writers[name].isOpened():
-                raise InputError(f"{path}: OpenCV cannot write this video")
+            writers[name] = VideoFile(self.output / f"{name}.mp4", rate, frame.shape[1::-1])
         writers[name].write(frame)
 
 

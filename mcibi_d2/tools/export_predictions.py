@@ -79,14 +79,14 @@ def check_same_run(cfg: CfgNode, form: str, record: Path) -> None:
         "TEST": cfg.TEST.dump(),
     }
     if record.is_file():
-        before = json.loads(record.read_text())
+        before = json.loads(record.read_text(encoding="utf-8"))
         other = [key for key, value in run.items() if before.get(key) != value]
         if other:
             raise InputError(
                 f"{record.parent}: holds predictions made with another {other[0]}, expected the "
                 f"same; remove them or name another --output"
             )
-    record.write_text(json.dumps(run, indent=1))
+    record.write_text(json.dumps(run, indent=1), encoding="utf-8")
 
 
 @torch.no_grad()

@@ -533,7 +533,7 @@ def _portable(path: Path) -> str:
     if "DETECTRON2_DATASETS" in os.environ:
         root = Path(os.path.abspath(data_root()))
         if path.is_relative_to(root) and path != root:
-            return str(path.relative_to(root))
+            return path.relative_to(root).as_posix()
     return str(path)
 
 

@@ -152,7 +152,7 @@ def gather(cfg: CfgNode, model: nn.Module, most: int | None) -> Tensor:
 
 def write_csv(matrix: Tensor, names: Sequence[str], path: Path) -> None:
     """A (K, K) matrix with the names of its lines and columns; nan is left empty."""
-    with path.open("w", newline="") as file:
+    with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["", *names])
         for name, line in zip(names, matrix.tolist(), strict=True):

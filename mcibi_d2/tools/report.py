@@ -113,7 +113,7 @@ def read_metrics(path: Path) -> tuple[dict[str, dict[int, float]], int]:
     """
     metrics: dict[str, dict[int, float]] = {}
     bad, last = 0, -1
-    for line in path.read_text(errors="replace").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             values = json.loads(line)
             iteration = int(values.pop("iteration"))

@@ -4,7 +4,7 @@ from .curves import curves_figure
 from .feature_plots import Panel, embedding_figure
 from .memory_plots import cosines_figure, gathered_figure, norms_figure
 from .overlay import blend, colorize, comparison_sheet, with_legend
-from .png import png, rgb
+from .png import png, rgb, write_picture
 
 __all__ = [
     "Panel",
@@ -19,4 +19,5 @@ __all__ = [
     "png",
     "rgb",
     "with_legend",
+    "write_picture",
 ]

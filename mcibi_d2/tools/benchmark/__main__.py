@@ -24,7 +24,7 @@ def main() -> None:
     results = args.run(args)
     text = json.dumps(results, indent=1)
     if args.json:
-        Path(args.json).write_text(text + "\n")
+        Path(args.json).write_text(text + "\n", encoding="utf-8")
     else:
         print(text)
 

@@ -32,7 +32,7 @@ def median_seconds(calls: dict[str, Callable], device: str, repeats: int) -> dic
 
 def status(key: str) -> int:
     """A number of bytes from this process's entry in /proc."""
-    for line in Path("/proc/self/status").read_text().splitlines():
+    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
         if line.startswith(f"{key}:"):
             return int(line.split()[1]) * 1024
     raise KeyError(key)
@@ -61,7 +61,9 @@ def _measure_peak(call: Callable, make: Callable, small, case, device: str) -> f
         call(*arguments)
         return (torch.cuda.max_memory_allocated(device) - before) / MIB
     try:
-        Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
+        Path("/proc/self/clear_refs").write_text(
+            "5", encoding="utf-8"
+        )  # the peak is counted from here
         before = status("VmRSS")
         call(*arguments)
         return (status("VmHWM") - before) / MIB
