@@ -83,6 +83,15 @@ def test_readmes_code_runs(tmp_path):
         assert "Error" not in output and "none was committed" not in output
 
 
+def test_detectron2s_model_zoo_works():
+    """pyproject.toml keeps setuptools below 82, the first without what the model zoo imports."""
+    code = (
+        "from detectron2 import model_zoo; "
+        "print(model_zoo.get_config('Misc/semantic_R_50_FPN_1x.yaml').MODEL.META_ARCHITECTURE)"
+    )
+    assert run("-c", code).splitlines()[-1] == "SemanticSegmentor"
+
+
 @pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "datasets/README.md"])
 def test_documents_name_files_that_exist(name):
     text = (ROOT / name).read_text()

@@ -8,6 +8,7 @@ import numpy as np
 import processes
 import pytest
 import torch
+from conftest import ROOT
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import SemSegEvaluator as Detectron2SemSegEvaluator
 from PIL import Image
@@ -153,6 +154,29 @@ def test_equals_detectron2_on_random_labels(dataset):
     outputs = predictions()
     results = evaluate(dataset, range(5), outputs)["sem_seg"]
     assert_as_detectron2(results, detectron2_results(outputs))
+
+
+def test_detectron2s_evaluator_reads_labels_as_the_readme_says(dataset):
+    """Its own reader fails under NumPy 2."""
+    text = (ROOT / "README.md").read_text()
+    line = next(x for x in text.splitlines() if x.startswith("reader = lambda file"))
+    scope = {"np": np, "Image": Image}
+    exec(line, scope)
+    for record in DatasetCatalog.get(NAME):  # it knows no tables of labels
+        file = record["sem_seg_file_name"]
+        Image.fromarray(read_labels(file, NAME).astype(np.uint8)).save(file)
+    unregister()
+    register(dataset, label_ids=[0, 1, 2, 3], label_ignored=[255])
+    evaluator = Detectron2SemSegEvaluator(
+        NAME, distributed=False, sem_seg_loading_fn=scope["reader"]
+    )
+    evaluator.reset()
+    outputs = predictions()
+    for record, output in zip(DatasetCatalog.get(NAME), outputs, strict=True):
+        evaluator.process([record], [{"sem_seg": output}])
+    assert_as_detectron2(
+        evaluate(dataset, range(5), outputs)["sem_seg"], evaluator.evaluate()["sem_seg"]
+    )
 
 
 def test_equals_detectron2_on_real_labels(real_data, monkeypatch):
