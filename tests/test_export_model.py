@@ -185,3 +185,24 @@ def test_onnx_says_what_it_needs(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="needs torch 2.6 or newer, this is 2.5.1"):
         export.check_exportable(cfg, "pt2")
     export.check_exportable(cfg, "torchscript")
+
+
+@pytest.mark.parametrize(
+    ("form", "precision"), [("onnx", "float16"), ("torchscript", "bfloat16"), ("pt2", "bfloat16")]
+)
+def test_in_half_precision(tmp_path, monkeypatch, capsys, small_check, form, precision):
+    if form == "onnx":
+        pytest.importorskip("onnxscript")
+    _, model = make_model(tmp_path)
+    torch.save({"model": model.state_dict()}, tmp_path / "weights.pth")
+    path = tmp_path / f"model.{form}"
+    weights = tmp_path / "weights.pth"
+    run_tool(monkeypatch, weights, tmp_path / "whole", form)
+    run_tool(monkeypatch, weights, path, form, "--precision", precision)
+    assert precision in capsys.readouterr().out
+    assert os.path.getsize(path) < 0.8 * os.path.getsize(tmp_path / "whole")
+    images = torch.rand(2, 3, 70, 101) * 255
+    expected = scores(model, images)
+    found = export.load(str(path), form, torch.device("cpu"))(images)
+    assert found.dtype == torch.float32
+    assert (found - expected).abs().max() < 0.05 * (expected.max() - expected.min())

@@ -1,13 +1,18 @@
 """Every framework, with and without the memory, on a tiny backbone."""
 
+import copy
+
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, make_tiny_cfg
 from detectron2.modeling import build_model
 
 from mcibi_d2 import InputError
-from mcibi_d2.engine import load_config
+from mcibi_d2.engine import Checkpointer, Trainer, load_config
+from mcibi_d2.evaluation import MemoryContents, SemanticSegmentorWithTTA
 from mcibi_d2.modeling.context import CONTEXTS
+from mcibi_d2.predict import Predictor
 
 SIZE = (65, 97)
 AGGREGATION = "MODEL.MCIBI.AGGREGATION"
@@ -134,3 +139,77 @@ def test_frameworks_of_table_5_differ_from_their_baselines_in_one_key(framework)
     assert a.MODEL.MCIBI.ENABLED and not b.MODEL.MCIBI.ENABLED
     a.MODEL.MCIBI.ENABLED, a.OUTPUT_DIR = b.MODEL.MCIBI.ENABLED, b.OUTPUT_DIR
     assert a == b
+
+
+HALF = {torch.bfloat16: 0.05, torch.float16: 0.01}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        (),
+        (AGGREGATION, "rows"),
+        (AGGREGATION, "rows", "MODEL.MCIBI.MEMORY.SLOTS", "2"),
+        (AGGREGATION, "none"),
+        ("MODEL.MCIBI.HARD_AGGREGATION", "True"),
+        ("MODEL.MCIBI.MEMORY.SLOTS", "2"),
+        ("MODEL.MCIBI.FUSION", "weighted_add"),
+        ("MODEL.MCIBI.ENABLED", "False"),
+        *(("MODEL.MCIBI.CONTEXT", context) for context in CONTEXTS),
+    ],
+    ids=lambda options: "-".join(options[1::2]) or "pixels",
+)
+def test_the_whole_model_in_half_precision(tmp_path, options):
+    model = make_model(tmp_path, "none", True, *options).eval()
+    for parameter in model.parameters():
+        if not parameter.any():  # what begins at zero and would hide what it is multiplied with
+            torch.nn.init.normal_(parameter, std=0.1)
+    memory = getattr(model.sem_seg_head, "memory", None)
+    if memory is not None:
+        memory.initialize(torch.rand_like(memory.rows), memory.classes % 3 > 0)
+    image = torch.randint(0, 256, (3, 65, 97), dtype=torch.uint8)
+    with torch.no_grad():
+        expected = model([{"image": image}])[0]["sem_seg"]
+        for dtype, share in HALF.items():
+            half = copy.deepcopy(model).to(dtype)
+            assert {p.dtype for p in half.parameters()} == {dtype}
+            for given in (image, image.float()):
+                found = half([{"image": given}])[0]["sem_seg"]
+                assert found.dtype == torch.float32 and found.isfinite().all()
+                span = expected.max() - expected.min()
+                assert (found - expected).abs().max() < share * span, dtype
+            half.train()
+            with pytest.raises(InputError, match=f"was cast to {dtype}.*SOLVER.AMP"):
+                half(make_batch(1))
+
+
+def test_windows_augmentation_and_predictor_in_half_precision(tmp_path):
+    options = ("TEST.INFERENCE", "slide", "TEST.SLIDE.WINDOW", "[48, 48]")
+    options += ("TEST.SLIDE.STRIDE", "[32, 32]", "TEST.AUG.SCALES", "[0.75, 1.0]")
+    cfg = make_tiny_cfg(tmp_path, *options)
+    model = Trainer.build_model(cfg).eval()
+    memory = model.sem_seg_head.memory
+    memory.initialize(torch.rand_like(memory.rows), memory.classes > 1)
+    Checkpointer(model, str(tmp_path)).save("a")
+    cfg.MODEL.WEIGHTS = str(tmp_path / "a.pth")
+    predictor = Predictor(cfg)
+    image = np.random.default_rng(0).integers(0, 256, (70, 90, 3), np.uint8)
+    x = {"image": torch.from_numpy(image.transpose(2, 0, 1).copy()), "height": 70, "width": 90}
+
+    def everything():
+        augmented = SemanticSegmentorWithTTA(cfg, predictor.model)([x])[0]["sem_seg"]
+        predictor.model.labels_only = True
+        labels = predictor.model([x])[0]["labels"]
+        predictor.model.labels_only = False
+        scores = predictor.model([x])[0]["sem_seg"]
+        return augmented, scores, torch.from_numpy(predictor(image).scores), labels
+
+    with torch.no_grad():
+        whole = everything()
+        predictor.model.bfloat16()
+        half = everything()
+    for a, b in zip(whole[:3], half[:3], strict=True):
+        assert a.dtype == b.dtype and b.isfinite().all()
+        assert (a - b).abs().max() < 0.05 * (a.max() - a.min())
+    assert (whole[3] == half[3]).float().mean() > 0.9
+    assert MemoryContents.of(predictor.model.sem_seg_head.memory).rows.dtype == torch.float32

@@ -504,3 +504,15 @@ def test_small_integer_labels():
     memory.observe(features, labels)
     other.observe(features, labels.to(torch.uint8))
     assert torch.equal(memory._sums, other._sums)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_rows_in_half_precision_are_for_reading(dtype):
+    memory = FeatureMemory(3, 4)
+    memory.initialize(torch.rand(3, 4), torch.ones(3, dtype=torch.bool))
+    probabilities = torch.rand(1, 3, 2, 2).softmax(dim=1)
+    expected = memory.read(probabilities)
+    memory.to(dtype)
+    assert (memory.read(probabilities) - expected).abs().max() < 0.01
+    with pytest.raises(ValueError, match=f"rows are {dtype}.*expected float32"):
+        memory.observe(torch.rand(1, 4, 2, 2), torch.zeros(1, 2, 2).long())

@@ -30,7 +30,7 @@ class MemoryContents:
     @classmethod
     def of(cls, memory: FeatureMemory) -> "MemoryContents":
         """Of a memory on any device, as it is now."""
-        rows, initialized = memory.rows.detach().cpu(), memory.initialized.cpu()
+        rows, initialized = memory.rows.detach().float().cpu(), memory.initialized.cpu()
         return cls(rows.clone(), initialized.clone(), memory.num_classes)
 
     @classmethod

@@ -23,6 +23,8 @@ RCL_BATCH_NORMS = ("running", "batch")
 # How the memory is read: see MCIBIHead.
 AGGREGATIONS = ("pixels", "rows", "none")
 ACTIVATIONS = ("relu", "leaky_relu")
+# Types in which the whole model can be, for inference.
+HALVES = (torch.float16, torch.bfloat16)
 CONTEXT_NAMES = ("none", *CONTEXTS)
 # Of the projection and of the concat fusion.
 KERNELS = (1, 3)
@@ -65,6 +67,9 @@ class MCIBIHead(nn.Module):
     - those of the within-image module, under its names.
 
     A batch without valid pixels gives losses of 0, with gradients of 0.
+
+    The whole model can be cast to half precision (``model.half()``, ``model.bfloat16()``) for
+    inference, not for training. The rows of the memory are cast with it, and gathered in float32.
 
     Args:
         input_shape: the backbone's ``output_shape()``.
@@ -335,6 +340,11 @@ class MCIBIHead(nn.Module):
         """
         if self.training and targets is None:
             raise ValueError("MCIBIHead in training mode needs targets (N, H, W)")
+        if self.training and next(self.parameters()).dtype in HALVES:
+            raise InputError(
+                f"the model was cast to {next(self.parameters()).dtype}, which is for inference; "
+                f"expected float32 in training (SOLVER.AMP.ENABLED True is mixed precision)"
+            )
         losses = {}
         within = None
         wanted = self.aux_features if self.training else ()
@@ -388,7 +398,8 @@ class MCIBIHead(nn.Module):
             log_weights = coarse.log_softmax(dim=1).repeat_interleave(self.memory.slots, dim=1)
             rows, known = self.memory.rows, self.memory.initialized
             return self.attention(pixels, rows, known, log_weights)
-        return self.attention(pixels, self.memory.read(self.read_weights(coarse)))
+        gathered = self.memory.read(self.read_weights(coarse))
+        return self.attention(pixels, gathered.to(pixels.dtype))
 
     def read_weights(self, coarse: Tensor) -> Tensor:
         """W of Eq. 11 (N, K, h, w) from the logits of H1: what each pixel asks of each class."""

@@ -162,6 +162,11 @@ class FeatureMemory(nn.Module):
         """
         if self.update in ("zero", "random"):
             return
+        if torch.finfo(self.rows.dtype).bits < 32:
+            raise ValueError(
+                f"observe: the rows are {self.rows.dtype}, expected float32: sums over pixels "
+                f"are not exact in half precision"
+            )
         if features.dim() != 4 or features.shape[1] != self.channels:
             raise ValueError(
                 f"observe: features of shape {tuple(features.shape)}, "

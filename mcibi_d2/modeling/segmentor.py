@@ -104,7 +104,10 @@ class MCIBISegmentor(nn.Module):
     def preprocess(self, batched_inputs: list[dict]) -> ImageList:
         """Normalise the images and pad them to one size (and the backbone's divisibility)."""
         images = [x["image"].to(self.device, non_blocking=True) for x in batched_inputs]
-        images = [(image - self.pixel_mean) / self.pixel_std for image in images]
+        # In float32 at least, and then in the type of a model in half precision.
+        dtype = torch.promote_types(self.pixel_mean.dtype, torch.float32)
+        mean, std = self.pixel_mean.to(dtype), self.pixel_std.to(dtype)
+        images = [((x.to(dtype) - mean) / std).to(self.pixel_mean.dtype) for x in images]
         batch = ImageList.from_tensors(images, self.backbone.size_divisibility)
         # The layout in which convolutions are fastest, on CPUs and on tensor cores.
         batch.tensor = batch.tensor.contiguous(memory_format=torch.channels_last)

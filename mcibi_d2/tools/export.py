@@ -42,8 +42,9 @@ OPSET = 18
 EXAMPLE = (2, 3, 107, 139)
 CHECKED_BATCHES = (1, 3)
 CHECKED_SIZES = ((512, 512), (333, 500))
-# Of the range of the model's logits.
-TOLERANCE = 1e-4
+# What the network computes in, and how far the file's logits may be from the model's in the same
+# type, as a share of their range. In half precision runtimes round at other places than torch.
+PRECISIONS = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
 # What cannot be recorded for any size, by MODEL.MCIBI.CONTEXT.
 FIXED_SIZE = {"psa": "it goes through the rows of the map one by one"}
 
@@ -70,7 +71,8 @@ class ImagesToLogits(nn.Module):
         if self.flip:
             images = images.flip(1)
         if self.normalize:
-            images = (images - model.pixel_mean) / model.pixel_std
+            images = (images - model.pixel_mean.float()) / model.pixel_std.float()
+        images = images.to(model.pixel_mean.dtype)
         height, width = images.shape[-2:]
         unit = model.backbone.size_divisibility
         if unit > 1:
@@ -279,8 +281,9 @@ def check(
         The largest difference of logits, as a share of the range of the model's.
 
     Raises:
-        InputError: it is more than :data:`TOLERANCE`, or the file does not run.
+        InputError: it is more than :data:`PRECISIONS` has, or the file does not run.
     """
+    tolerance = PRECISIONS[str(model.pixel_mean.dtype).removeprefix("torch.")]
     generator = torch.Generator().manual_seed(0)
     largest = 0.0
     for height, width in CHECKED_SIZES:
@@ -301,10 +304,10 @@ def check(
                 )
             span = expected.max() - expected.min()
             difference = ((found - expected).abs().max() / span).item()
-            if not difference <= TOLERANCE:  # nor NaN
+            if not difference <= tolerance:  # nor NaN
                 raise InputError(
                     f"the exported file's logits differ from the model's by {difference:.1e} of "
-                    f"their range {case}, expected at most {TOLERANCE:.0e}"
+                    f"their range {case}, expected at most {tolerance:.0e}"
                 )
             print(f"  {batch} x 3 x {height} x {width}: largest difference {difference:.1e} of "
                   f"the logits' range", flush=True)  # fmt: skip
@@ -331,7 +334,7 @@ def export(cfg: CfgNode, model: MCIBISegmentor, form: str, preprocessing: str, p
     def given(images: Tensor) -> Tensor:
         """The model's images as the file wants them."""
         if not module.normalize:
-            return (images - model.pixel_mean) / model.pixel_std
+            return (images - model.pixel_mean.float()) / model.pixel_std.float()
         return images.flip(1) if module.flip else images
 
     what = f"MODEL.MCIBI.CONTEXT {cfg.MODEL.MCIBI.CONTEXT}"
@@ -372,6 +375,12 @@ def make_parser() -> ToolParser:
              "MODEL.PIXEL_MEAN is taken and that are divided by PIXEL_STD, in the order of "
              "INPUT.FORMAT",
     )  # fmt: skip
+    parser.add_argument(
+        "--precision", default="float32", choices=list(PRECISIONS),
+        help="what the network computes in, with all of its weights (images and logits are float32); "
+             "the file's logits must be the model's in that type, to 1e-4, 1e-2 and 5e-2 of their "
+             "range",
+    )  # fmt: skip
     parser.add_opts("MODEL.WEIGHTS X.pth; MODEL.DEVICE is what a TorchScript or pt2 file is for")
     return parser
 
@@ -387,7 +396,7 @@ def main() -> None:
         raise InputError(
             f"MODEL.META_ARCHITECTURE is {cfg.MODEL.META_ARCHITECTURE}, expected MCIBISegmentor"
         )
-    model = load_model(cfg)
+    model = load_model(cfg).to(getattr(torch, args.precision))
     print(f"Exporting as {args.format}, and comparing with the model:", flush=True)
     export(cfg, model, args.format, args.preprocessing, args.output)
     version = f"opset {OPSET}" if args.format == "onnx" else f"torch {torch.__version__}"
@@ -395,7 +404,7 @@ def main() -> None:
         args.preprocessing, f"{args.preprocessing} 0..255"
     )
     print(
-        f"Wrote {args.output}: {args.format}, {version}, "
+        f"Wrote {args.output}: {args.format}, {version}, {args.precision}, "
         f"{os.path.getsize(args.output) / 2**20:.1f} MiB; images (N, 3, H, W), {images} -> logits "
         f"(N, {cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES}, H, W)."
     )

@@ -75,4 +75,4 @@ def class_features(pixels: Tensor, coarse: Tensor) -> Tensor:
         log_shares = F.log_softmax(coarse, dim=1).flatten(2)
         shares = log_shares.softmax(dim=2)
         centers = pixels.to(dtype).flatten(2) @ shares.transpose(1, 2)
-        return (centers @ probabilities).unflatten(2, pixels.shape[-2:])
+        return (centers @ probabilities).unflatten(2, pixels.shape[-2:]).to(pixels.dtype)

@@ -97,10 +97,11 @@ class EMContext(ContextModule):
             projected = F.conv2d(pixels, self.projection, self.projection_bias)
             # Sums over thousands of pixels: in float32, whatever autocast says.
             with torch.autocast(pixels.device.type, enabled=False):
-                rebuilt, fitted = self._fit(projected.to(self.bases.dtype).flatten(2))
+                dtype = torch.promote_types(self.bases.dtype, torch.float32)
+                rebuilt, fitted = self._fit(projected.to(dtype).flatten(2))
                 if self.training and not repeated:
                     self._observe(fitted)
-        rebuilt = self.rebuild(F.relu(rebuilt).view_as(pixels))
+        rebuilt = self.rebuild(F.relu(rebuilt).view_as(pixels).to(pixels.dtype))
         context = self.out(F.relu(pixels + rebuilt))
         if self.training and context.requires_grad:
             context.register_hook(self._note_gradient)
@@ -108,7 +109,7 @@ class EMContext(ContextModule):
 
     def _fit(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Pixels (N, C, hw) to the rebuilt ones and each image's bases (N, C, k)."""
-        bases = self.bases.expand(pixels.shape[0], -1, -1)
+        bases = self.bases.to(pixels.dtype).expand(pixels.shape[0], -1, -1)
         for _ in range(self.iterations):
             shares = (pixels.transpose(1, 2) @ bases).softmax(dim=2)
             # The division by sum_n z_nk would not outlive the one by the length.

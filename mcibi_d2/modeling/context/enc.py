@@ -31,8 +31,8 @@ class Encoding(nn.Module):
         """Encode pixels (N, C, h, w) as (N, codewords, C)."""
         # Sums of squares and over thousands of pixels: in float32, whatever autocast says.
         with torch.autocast(pixels.device.type, enabled=False):
-            words = self.codewords
-            pixels = pixels.to(torch.promote_types(pixels.dtype, words.dtype))
+            dtype = torch.promote_types(self.codewords.dtype, torch.float32)
+            words, pixels = self.codewords.to(dtype), pixels.to(dtype)
             pixels = pixels.flatten(2).transpose(1, 2)
             # |x - d|^2 and the sum of residuals in products: x - d would be (N, hw, k, C).
             distances = (
@@ -41,7 +41,8 @@ class Encoding(nn.Module):
                 + words.square().sum(dim=1)
             )
             shares = (-self.smoothing * distances).softmax(dim=2)
-            return shares.transpose(1, 2) @ pixels - shares.sum(dim=1)[..., None] * words
+            encoded = shares.transpose(1, 2) @ pixels - shares.sum(dim=1)[..., None] * words
+            return encoded.to(self.codewords.dtype)
 
 
 class ContextEncoding(ContextModule):

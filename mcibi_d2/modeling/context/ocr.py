@@ -85,4 +85,5 @@ def object_regions(pixels: Tensor, coarse: Tensor) -> Tensor:
             coarse.to(dtype), size=pixels.shape[-2:], mode="bilinear", align_corners=False
         )
         regions = coarse.flatten(2).softmax(dim=2)
-        return (pixels.to(dtype).flatten(2) @ regions.transpose(1, 2))[..., None]
+        regions = pixels.to(dtype).flatten(2) @ regions.transpose(1, 2)
+        return regions[..., None].to(pixels.dtype)
