@@ -191,6 +191,10 @@ def add_mcibi_config(cfg: CN) -> None:
     # count). True: for as many classes is enough.
     cfg.DATASETS.ALLOW_OTHER_CLASSES = False
 
+    # Of images of 16 bits, the value that becomes 255, such as 4095 where a camera has 12 bits; 0:
+    # 65535. `init_dataset` writes it where values are far below.
+    cfg.INPUT.WHITE_LEVEL = 0
+
     # --- Your own data set (mcibi_d2/data/own.py): `python -m mcibi_d2.tools.init_dataset` writes
     # these keys. Paths are absolute, begin with ~, or are below DETECTRON2_DATASETS.
     cfg.DATASETS.OWN = CN()

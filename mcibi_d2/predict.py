@@ -66,6 +66,7 @@ class Predictor:
     Attributes:
         metadata: of the data set whose classes the model has.
         model: in evaluation mode.
+        white_level: of the config, for :func:`mcibi_d2.data.read_image`.
 
     Args:
         cfg: with ``MODEL.WEIGHTS``. The first of ``DATASETS.TEST`` (else of ``DATASETS.TRAIN``)
@@ -94,6 +95,7 @@ class Predictor:
             )
         self.model = load_model(cfg, classes)
         self._augmentations = T.AugmentationList(build_test_augmentation(cfg))
+        self.white_level = cfg.INPUT.WHITE_LEVEL
         self._rgb = cfg.INPUT.FORMAT == "RGB"
 
     def __call__(self, image: np.ndarray) -> Prediction:

@@ -2,6 +2,7 @@
 
 import sys
 import tempfile
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -148,11 +149,13 @@ def test_images_and_videos(monkeypatch, capsys, tmp_path, cfg, weights):
     assert "7 pictures, " in said and " per second (read " in said
     files = {str(path.relative_to(output)) for path in output.rglob("*") if path.is_file()}
     videos = {"film.mp4", "film_confidence.mp4", *(f"film_labels/{i:06d}.png" for i in range(5))}
-    pictures = {f"{a}{b}" for a in ("a", "a_2") for b in (".jpg", "_labels.png", "_confidence.png")}
+    pictures = {
+        f"{a}{b}" for a in ("a", "deeper/a") for b in (".jpg", "_labels.png", "_confidence.png")
+    }
     assert files == videos | pictures
 
     predictor = Predictor(cfg)
-    for number, name in enumerate(("a", "a_2")):
+    for number, name in enumerate(("a", "deeper/a")):
         expected = predictor(picture(number))
         labels = cv2.imread(str(output / f"{name}_labels.png"), cv2.IMREAD_UNCHANGED)
         assert (labels == expected.labels).all()
@@ -248,3 +251,46 @@ def test_bad_inputs(monkeypatch, tmp_path, weights):
         run(monkeypatch, weights, tmp_path / "out", tmp_path, options=["--opacity", "2"])
     with pytest.raises(SystemExit, match="nothing could be read"):
         run(monkeypatch, weights, tmp_path / "out", tmp_path / "bad.mp4")
+
+
+def test_names_of_outputs(tmp_path):
+    for name in ("a/x.jpg", "b/x.jpg", "b/x.png", "b/x_2.png", "b/X.gif", "b/x.jfif"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    files = [str(tmp_path), str(tmp_path / "a/x.jpg"), str(tmp_path / "a")]
+    inputs, links = demo.find_inputs(files)
+    named = [
+        (str(given.source.relative_to(tmp_path)), name)
+        for given, name in zip(inputs, demo.name_outputs(inputs), strict=True)
+    ]
+    assert not links and named == [
+        ("a/x.jpg", "a/x"), ("b/X.gif", "b/X"), ("b/x.jfif", "b/x_3"), ("b/x.jpg", "b/x_4"),
+        ("b/x.png", "b/x_5"), ("b/x_2.png", "b/x_2"), ("a/x.jpg", "x"), ("a/x.jpg", "x_2"),
+    ]  # fmt: skip
+
+
+def test_many_files_of_one_name_are_named_at_once():
+    # Each name is compared with few others: their number grows as that of the files.
+    compared = 0
+
+    class Name(str):
+        def __eq__(self, other):
+            nonlocal compared
+            compared += 1
+            return str.__eq__(self, other)
+
+        __hash__ = str.__hash__
+
+        def casefold(self):
+            return Name(str.casefold(self))
+
+    def count(files):
+        nonlocal compared
+        compared = 0
+        inputs = [demo.Input("image", Path("x"), Name("photo")) for _ in range(files)]
+        names = demo.name_outputs(inputs)
+        assert len(set(map(str, names))) == files
+        return compared
+
+    few, many = count(300), count(3000)
+    assert 0 < many < 20 * few

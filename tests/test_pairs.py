@@ -221,7 +221,8 @@ def test_links_are_followed_everywhere(tmp_path):
     found = find_pairs([str(tmp_path / "x"), str(tmp_path / "y")])
     assert [pair.name for pair in found.pairs] == ["linked/0.jpg"]
     assert len(found.links) == 1 and "y/loop: a link to a folder that it is in" in found.links[0]
-    assert find_inputs([str(tmp_path / "x")]) == [("image", tmp_path / "x/linked/0.jpg")]
+    inputs, _ = find_inputs([str(tmp_path / "x")])
+    assert inputs == [("image", tmp_path / "x/linked/0.jpg", "linked/0")]
 
 
 # --- lists

@@ -75,12 +75,15 @@ def read_labels(
     return labels
 
 
-def read_label_file(file_name: str, of_image: Callable[[Image.Image], np.ndarray]) -> np.ndarray:
+def read_label_file(
+    file_name: str, of_image: Callable[[Image.Image], np.ndarray], kind: str = "label image"
+) -> np.ndarray:
     """The values of a label file, an image or a NumPy file, as they are stored.
 
     Args:
         file_name: of the file.
         of_image: such as :func:`label_values`, what an image holds.
+        kind: how an error calls the file.
 
     Returns:
         (height, width) integers.
@@ -98,7 +101,7 @@ def read_label_file(file_name: str, of_image: Callable[[Image.Image], np.ndarray
                 with Image.open(file) as image:
                     values = of_image(image)
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        raise InputError(f"{file_name}: cannot be read as a label image ({error})") from error
+        raise InputError(f"{file_name}: cannot be read as a {kind} ({error})") from error
     if values.ndim != 2 or not np.issubdtype(values.dtype, np.integer):
         raise InputError(
             f"{file_name}: an image of shape {values.shape} and type {values.dtype}, expected one "

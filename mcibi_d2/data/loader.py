@@ -270,5 +270,6 @@ def build_labelled_loader(
         image_format=cfg.INPUT.FORMAT,
         dataset_name=dataset_name,
         own_config=cfg if cfg.DATASETS.OWN.NAME else None,
+        white_level=cfg.INPUT.WHITE_LEVEL,
     )
     return build_test_loader(cfg, records, mapper)

@@ -1,14 +1,17 @@
 """From a data set record to what the model takes."""
 
 import copy
+from functools import cache
+from typing import IO
 
+import cv2
 import numpy as np
 import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.data import MetadataCatalog, detection_utils
 from detectron2.data import transforms as T
 from detectron2.utils.file_io import PathManager
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image
 
 from ..errors import InputError
 from .augmentation import SemSegInput, build_test_augmentation, build_train_augmentation
@@ -19,13 +22,26 @@ from .own import register_own_dataset
 IMAGE_FORMATS = ("RGB", "BGR")
 # Of EXIF's eight orientations, those that exchange height and width.
 _SIDEWAYS = (5, 6, 7, 8)
+# What brings each of them upright.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
-def read_image(file_name: str, image_format: str, label_file: str | None = None) -> np.ndarray:
+def read_image(
+    file_name: str, image_format: str, label_file: str | None = None, white_level: int = 0
+) -> np.ndarray:
     """Read an image as Detectron2 does, with what it leaves open.
 
     Any number of channels and colour space that Pillow knows (grayscale, CMYK, palette, alpha)
-    becomes three channels; 16 bits become the upper 8 of them. An image is turned as its EXIF tag
+    becomes three channels; 16 bits become the upper 8 of them, or, with a white level W, the 8 bits
+    nearest to 255 min(value, W) / W. An image is turned as its EXIF tag
     says, unless its labels have the size of the image as it is stored. (Where both have the same
     size, the labels are taken to fit the turned one.)
 
@@ -34,6 +50,7 @@ def read_image(file_name: str, image_format: str, label_file: str | None = None)
         image_format: ``RGB`` or ``BGR``.
         label_file: of the image's labels. Only the size in its header is looked at, and only if
             the image is to be turned sideways.
+        white_level: of 16 bits, the value that becomes 255 (``INPUT.WHITE_LEVEL``); 0: 65535.
 
     Returns:
         (H, W, 3) uint8.
@@ -43,10 +60,13 @@ def read_image(file_name: str, image_format: str, label_file: str | None = None)
     """
     try:
         with PathManager.open(file_name, "rb") as file, Image.open(file) as image:
+            deep = bool(white_level) and is_deep(image)
             orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
             as_stored = orientation in _SIDEWAYS and _size_in_header(label_file) == image.size
-            if orientation != 1 and not as_stored:
-                image = ImageOps.exif_transpose(image)
+            if deep:
+                image = Image.fromarray(_white_table(white_level)[_deep_values(file, image)])
+            if orientation in _TURNS and not as_stored:
+                image = image.transpose(_TURNS[orientation])
             if image.mode.startswith("I"):
                 image = _upper_8_bits(image)
             if image.mode == "F":
@@ -56,6 +76,53 @@ def read_image(file_name: str, image_format: str, label_file: str | None = None)
     except Exception as error:
         raise InputError(f"{file_name}: cannot be read as an image ({error})") from error
     return np.ascontiguousarray(array)
+
+
+def is_deep(image: Image.Image) -> bool:
+    """Whether a file has 16 bits in each channel, of which Pillow gives the upper 8 of colors.
+
+    It is told from how the pixels are stored, which Pillow forgets when it has read them.
+    """
+    arguments = image.tile[0][3] if image.tile else ""
+    form = arguments if isinstance(arguments, str) else arguments[0]
+    return image.mode.startswith("I") or ";16" in str(form)
+
+
+def _deep_values(file: IO[bytes], image: Image.Image) -> np.ndarray:
+    """The values of an image of 16 bits: (H, W), of colors (H, W, 3) as RGB; alpha is left out."""
+    if image.mode.startswith("I"):
+        values = np.asarray(image)
+        if values.min() < 0 or values.max() > 65535:
+            raise ValueError(f"values {values.min()}..{values.max()}, expected 8 or 16 bits")
+        return values
+    file.seek(0)
+    values = cv2.imdecode(np.frombuffer(file.read(), np.uint8), cv2.IMREAD_UNCHANGED)
+    if values is None or values.dtype != np.uint16:
+        raise ValueError("16 bits in a form that OpenCV does not read")
+    return values if values.ndim == 2 else values[..., 2::-1]
+
+
+@cache
+def _white_table(white_level: int) -> np.ndarray:
+    values = np.minimum(np.arange(1 << 16), white_level)
+    return (values * 255 / white_level).round().astype(np.uint8)
+
+
+def highest_value(file_name: str) -> int:
+    """Of an image of 16 bits, its highest value; 0 of others, and of what cannot be read."""
+    try:
+        with PathManager.open(file_name, "rb") as file, Image.open(file) as image:
+            return int(_deep_values(file, image).max()) if is_deep(image) else 0
+    except Exception:
+        return 0  # whoever reads the image will say so
+
+
+def fitting_white_level(highest: int) -> int:
+    """The white level for images whose highest value is this: that of 9, 10, 12 or 14 bits; else 0.
+
+    Values of half the range and more fill 16 bits well enough.
+    """
+    return (1 << highest.bit_length()) - 1 if 0 < highest < 1 << 15 else 0
 
 
 def _size_in_header(file_name: str | None) -> tuple[int, int] | None:
@@ -86,6 +153,7 @@ class SemSegMapper:
         dataset_name: whose metadata (label table, ``flip_pairs``) hold for records that do not
             name their data set (key ``dataset_name``).
         own_config: whose ``DATASETS.OWN`` worker processes register; None for none.
+        white_level: see :func:`read_image`.
     """
 
     @configurable
@@ -97,12 +165,14 @@ class SemSegMapper:
         image_format: str = "RGB",
         dataset_name: str | None = None,
         own_config: CfgNode | None = None,
+        white_level: int = 0,
     ):
         self.is_train = is_train
         self.augmentations = T.AugmentationList(augmentations)
         self.image_format = image_format
         self.dataset_name = dataset_name
         self.own_config = own_config
+        self.white_level = white_level
 
     def __setstate__(self, state: dict) -> None:
         """Register the own data set in a worker process that was started, not forked."""
@@ -121,6 +191,7 @@ class SemSegMapper:
             "image_format": cfg.INPUT.FORMAT,
             "dataset_name": cfg.DATASETS.TRAIN[0] if is_train else None,
             "own_config": cfg if cfg.DATASETS.OWN.NAME else None,
+            "white_level": cfg.INPUT.WHITE_LEVEL,
         }
 
     def __call__(self, record: dict) -> dict:
@@ -143,7 +214,7 @@ class SemSegMapper:
                 f"{record['file_name']}: is its own label ({label_file} is the same file), "
                 f"expected a label file beside each image"
             )
-        image = read_image(record["file_name"], self.image_format, label_file)
+        image = read_image(record["file_name"], self.image_format, label_file, self.white_level)
         record["height"], record["width"] = image.shape[:2]
         if not self.is_train:
             inputs = SemSegInput(image)

@@ -60,6 +60,7 @@ def register_own_dataset(cfg: CfgNode) -> None:
             stuff_colors=list(own.CLASS_COLORS) or palette(len(own.CLASS_NAMES)),
             ignore_label=ignore_label,
             evaluator_type="sem_seg",
+            white_level=cfg.INPUT.WHITE_LEVEL,
             **labels,
         )
         _registered[name] = own.clone()

@@ -392,6 +392,7 @@ TABLE: dict[str, Rule] = dict(
                 "ROTATION_DEGREES": Number(0, 180),
                 "ROTATION_PROB": _share,
                 "COLOR_AUG_SSD": _switch,
+                "WHITE_LEVEL": Whole(0, 65535),
                 "TEST_RESIZE": Choice(TEST_RESIZES, WITHOUT_CITYSCAPES),
                 "FIXED_SIZE_TEST": _size,
             },

@@ -91,7 +91,9 @@ def overlays(cfg: CfgNode, model: nn.Module, count: int) -> Figure:
             result = model([mapper(record)])[0]
             labels = result["labels"] if "labels" in result else result["sem_seg"].argmax(dim=0)
             label_file = record.get("sem_seg_file_name")
-            row = {"image": read_image(record["file_name"], "RGB", label_file)}
+            row = {
+                "image": read_image(record["file_name"], "RGB", label_file, cfg.INPUT.WHITE_LEVEL)
+            }
             if label_file:  # evaluators of other projects may do without
                 row["ground truth"] = read_labels(label_file, name)
             rows.append({**row, "prediction": labels.cpu().numpy().astype(np.int64)})

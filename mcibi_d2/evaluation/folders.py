@@ -82,7 +82,7 @@ def read_prediction(path: str | Path, dataset_name: str, pixels: str = "classes"
     if pixels == "labels":
         labels = read_labels(str(path), dataset_name)
         return np.where(labels == metadata.ignore_label, np.int32(-1), labels)
-    values = read_label_file(str(path), label_values)
+    values = read_label_file(str(path), label_values, "prediction")
     classes = len(metadata.stuff_classes)
     low, high = int(values.min()), int(values.max())
     if low < 0 or high >= classes:

@@ -43,6 +43,7 @@ class SemanticSegmentorWithTTA(nn.Module):
         softmax: whether probabilities are added up, or logits.
         released: as the authors' released code: the resized image is scaled, bilinearly, and the
             softmax is before the resizing of the result.
+        white_level: see :func:`read_image`.
     """
 
     @configurable
@@ -56,6 +57,7 @@ class SemanticSegmentorWithTTA(nn.Module):
         image_format: str = "RGB",
         softmax: bool = True,
         released: bool = False,
+        white_level: int = 0,
     ):
         super().__init__()
         self.model = model.module if isinstance(model, DistributedDataParallel) else model
@@ -65,6 +67,7 @@ class SemanticSegmentorWithTTA(nn.Module):
         self.flip_pairs = flip_pairs
         self.image_format = image_format
         self.softmax = softmax
+        self.white_level = white_level
         self.released = released
         self.labels_only = False
 
@@ -79,6 +82,7 @@ class SemanticSegmentorWithTTA(nn.Module):
             "flip": cfg.TEST.AUG.FLIP,
             "flip_pairs": pairs,
             "image_format": cfg.INPUT.FORMAT,
+            "white_level": cfg.INPUT.WHITE_LEVEL,
             "softmax": cfg.TEST.AUG.SOFTMAX,
             "released": cfg.TEST.RELEASED,
         }
@@ -151,7 +155,7 @@ class SemanticSegmentorWithTTA(nn.Module):
     def _original(self, x: dict) -> np.ndarray:
         """The (H, W, C) image of the file, or, without one, that which the model takes."""
         if "file_name" in x:
-            image = read_image(x["file_name"], self.image_format)
+            image = read_image(x["file_name"], self.image_format, white_level=self.white_level)
             # Else the file was turned or cut before it became the input.
             if image.shape[:2] == _out_size(x):
                 return image

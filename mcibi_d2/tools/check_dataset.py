@@ -23,6 +23,7 @@ from tqdm import tqdm
 from mcibi_d2 import InputError
 from mcibi_d2.data import SemSegMapper
 from mcibi_d2.data.datasets import SplitFiles, check_registered, load_records, split_files
+from mcibi_d2.data.mapper import fitting_white_level, highest_value
 from mcibi_d2.data.own import left_out, palette
 from mcibi_d2.data.workers import WorkerLoader
 from mcibi_d2.engine import load_config
@@ -35,10 +36,14 @@ PICTURE_SIDE = 480  # pixels
 
 
 class _Check(Dataset):
-    """Record i, read as training reads it: its pixels of each class, or what is wrong with it."""
+    """Record i, read as training reads it.
 
-    def __init__(self, name: str, records: list[dict]):
+    It is the pixels of each class, or what is wrong, and of 16 bits the image's highest value.
+    """
+
+    def __init__(self, name: str, records: list[dict], white_level: int):
         self.name = name
+        self.white_level = white_level
         self.records = records
 
     def __len__(self) -> int:
@@ -47,22 +52,29 @@ class _Check(Dataset):
     def read(self, i: int) -> tuple[np.ndarray, np.ndarray | None]:
         """RGB image (H, W, 3) and labels (H, W), None in a split without labels."""
         labeled = "sem_seg_file_name" in self.records[i]
-        mapper = SemSegMapper(labeled, augmentations=[], image_format="RGB", dataset_name=self.name)
+        mapper = SemSegMapper(
+            labeled,
+            augmentations=[],
+            image_format="RGB",
+            dataset_name=self.name,
+            white_level=self.white_level,
+        )
         sample = mapper(self.records[i])
         image = sample["image"].numpy().transpose(1, 2, 0)
         return image, sample["sem_seg"].numpy() if labeled else None
 
-    def __getitem__(self, i: int) -> tuple[np.ndarray | None, str | None]:
+    def __getitem__(self, i: int) -> tuple[np.ndarray | None, str | None, int]:
         metadata = MetadataCatalog.get(self.name)
         count = len(metadata.stuff_classes)
         try:
             labels = self.read(i)[1]
         except InputError as error:
-            return None, str(error)
+            return None, str(error), 0
+        highest = highest_value(self.records[i]["file_name"])
         if labels is None:
-            return np.zeros(count + 1, np.int64), None
+            return np.zeros(count + 1, np.int64), None, highest
         labels = np.where(labels == metadata.get("ignore_label", 255), count, labels)
-        return np.bincount(labels.reshape(-1), minlength=count + 1), None
+        return np.bincount(labels.reshape(-1), minlength=count + 1), None, highest
 
 
 def _as_it_is(item):
@@ -94,13 +106,14 @@ def _unpaired(files: SplitFiles) -> list[str]:
     return problems
 
 
-def check(name: str, workers: int, folder: Path) -> bool:
+def check(name: str, workers: int, folder: Path, white_level: int | None = None) -> bool:
     """Check a data set, print what was found, write the sheet and the list of problems.
 
     Args:
         name: a registered data set.
         workers: processes that read.
         folder: where ``<name>.png`` and, if there are any, ``<name>_problems.txt`` go.
+        white_level: ``INPUT.WHITE_LEVEL``; None: that of the data set's config.
 
     Returns:
         Whether all files have their partners and can be trained on.
@@ -125,25 +138,37 @@ def check(name: str, workers: int, folder: Path) -> bool:
     ]
     if not records and not problems:
         raise InputError(f"{files.images_in}: holds no image")
-    data = _Check(name, records)
+    white_level = metadata.get("white_level", 0) if white_level is None else white_level
+    data = _Check(name, records, white_level)
     workers = min(workers, len(records))
     loader = WorkerLoader(
         data, batch_size=None, num_workers=workers, collate_fn=_as_it_is, workers_key="--workers"
     )
     pixels = np.zeros(len(metadata.stuff_classes) + 1, np.int64)
     images = np.zeros_like(pixels)
-    readable = []
-    for i, (counts, problem) in enumerate(tqdm(loader, name, unit="image")):
+    readable, highest = [], 0
+    for i, (counts, problem, high) in enumerate(tqdm(loader, name, unit="image")):
         if problem:
             problems.append(problem)
             continue
         readable.append(i)
+        highest = max(highest, high)
         pixels += counts
         images += counts > 0
 
     if files.labels is not None:
         print(_class_table(metadata, pixels, images, len(readable)))
     print(f"\n{name}: {_count_sentence(len(files.images), metadata)}")
+    if not white_level and fitting_white_level(highest):
+        print(
+            f"Its images of 16 bits have values up to {highest:,} alone, of 65,535: too dark. "
+            f"INPUT.WHITE_LEVEL {fitting_white_level(highest)} fits them."
+        )
+    elif 0 < white_level < highest:
+        print(
+            f"Its images of 16 bits have values up to {highest:,}, above INPUT.WHITE_LEVEL, which "
+            f"is {white_level:,}: all from there on are white."
+        )
     if files.labels is None:
         print("It is a test split: it has no labels.")
     folder.mkdir(parents=True, exist_ok=True)

@@ -150,7 +150,12 @@ def write_pictures(
     predictions = [find_predictions(f) for f in folders]
     for share, record in find_disagreements(dataset, folders, count):
         one, other, truth = _read(record, dataset, folders, predictions)
-        image = read_image(record["file_name"], "RGB", record["sem_seg_file_name"])
+        image = read_image(
+            record["file_name"],
+            "RGB",
+            record["sem_seg_file_name"],
+            MetadataCatalog.get(dataset).get("white_level", 0),
+        )
         titles = ("image", "ground truth", f"A: {names[0]}", f"B: {names[1]}")
         rows.append(dict(zip(titles, (image, truth, one, other), strict=True)))
         print(f"{record['file_name']}: {100 * share:.1f} % of its pixels differ")

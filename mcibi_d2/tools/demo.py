@@ -4,7 +4,8 @@ python -m mcibi_d2.tools.demo --config-file configs/ade20k/mcibi_R50.yaml \\
     --input street.jpg holiday.mp4 --output output/pictures --opts MODEL.WEIGHTS X.pth
 
 Of photo.jpg, the output folder gets photo.jpg, with its classes laid over it and a legend beside
-it; of film.avi, film.mp4.
+it; of film.avi, film.mp4. Folders in a folder stay folders; where two files differ in their endings
+alone, the second gets a number (photo_2.jpg).
 """
 
 import mimetypes
@@ -15,6 +16,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -22,7 +24,7 @@ from tqdm import tqdm
 
 from mcibi_d2 import InputError
 from mcibi_d2.data import read_image
-from mcibi_d2.data.files import find_files
+from mcibi_d2.data.files import IMAGE_SUFFIXES, find_files
 from mcibi_d2.engine import load_config
 from mcibi_d2.predict import Predictor
 from mcibi_d2.tools.command import ToolParser, run_tool
@@ -139,7 +141,7 @@ class Demo:
         """Segment an image file."""
         try:
             with self.clock("read"):
-                image = read_image(str(path), "BGR")
+                image = read_image(str(path), "BGR", white_level=self.predictor.white_level)
         except InputError as error:
             self.problems.append(f"skipped {error}")
             return
@@ -213,50 +215,84 @@ class Demo:
             frame, ((0, frame.shape[0] % 2), (0, frame.shape[1] % 2), (0, 0)), mode="edge"
         )
         if name not in writers:
-            writers[name] = VideoFile(self.output / f"{name}.mp4", rate, frame.shape[1::-1])
+            path = self.output / f"{name}.mp4"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            writers[name] = VideoFile(path, rate, frame.shape[1::-1])
         writers[name].write(frame)
 
 
-def find_inputs(arguments: list[str]) -> list[tuple[str, str | int | Path]]:
-    """What the arguments of ``--input`` name: (``image``, path), (``video``, path or webcam).
+class Input(NamedTuple):
+    """What is segmented, and what its results are called, not yet told apart from others.
+
+    Attributes:
+        kind: ``image`` or ``video``.
+        source: a file, or the number of a webcam.
+        name: of a file below a folder its path in it, else the file's own name, without ending.
+    """
+
+    kind: str
+    source: int | Path
+    name: str
+
+
+def find_inputs(arguments: list[str]) -> tuple[list[Input], list[str]]:
+    """What the arguments of ``--input`` name, and a sentence for each link that is not followed.
 
     Raises:
         InputError: there is no such file, or a folder without images and videos.
     """
-    found = []
+    found, links = [], []
     for argument in arguments:
         path = Path(argument).expanduser()
         webcam, _, number = argument.partition(":")
         if webcam == "webcam" and not path.exists():
             if number and not number.isdecimal():
                 raise InputError(f"--input {argument}: expected webcam or webcam:NUMBER")
-            found.append(("video", int(number or 0)))
+            found.append(Input("video", int(number or 0), f"webcam{int(number or 0)}"))
         elif path.is_dir():
-            inside = [(_kind(file), file) for file in find_files(path).files]
-            inside = [(kind, file) for kind, file in inside if kind in ("image", "video")]
+            files, left_out = find_files(path)
+            inside = [
+                Input(kind, file, file.relative_to(path).with_suffix("").as_posix())
+                for file in files
+                if (kind := _kind(file)) in ("image", "video")
+            ]
             if not inside:
                 raise InputError(f"--input {argument}: has no images and no videos")
             found += inside
+            links += left_out
         elif path.is_file():
-            found.append(("video" if _kind(path) == "video" else "image", path))
+            kind = "video" if _kind(path) == "video" else "image"
+            found.append(Input(kind, path, path.stem))
         else:
             raise InputError(f"--input {argument}: no such file or folder")
-    return found
+    return found, links
 
 
 def _kind(path: Path) -> str:
+    if path.suffix.lower() in IMAGE_SUFFIXES:
+        return "image"
     return (mimetypes.guess_type(path.name)[0] or "").partition("/")[0]
 
 
-def name_outputs(inputs: list[tuple[str, str | int | Path]]) -> list[str]:
-    """A name for what is written of each input: its own without suffix, numbered if taken."""
-    names: list[str] = []
-    for _, source in inputs:
-        stem = source.stem if isinstance(source, Path) else f"webcam{source}"
-        name, number = stem, 1
-        while name in names:
-            number += 1
-            name = f"{stem}_{number}"
+def name_outputs(inputs: list[Input]) -> list[str]:
+    """A name for what is written of each input: its own, numbered where several have it.
+
+    Names that differ in capitals alone are one file to some systems, and count as one.
+    """
+    taken = {name.casefold() for _, _, name in inputs}
+    first: set[str] = set()
+    numbers: dict[str, int] = {}
+    names = []
+    for _, _, name in inputs:
+        key = name.casefold()
+        if key in first:
+            number = numbers.get(key, 1) + 1
+            while f"{key}_{number}" in taken:
+                number += 1
+            numbers[key] = number
+            name = f"{name}_{number}"
+            taken.add(name.casefold())
+        first.add(key)
         names.append(name)
     return names
 
@@ -310,14 +346,15 @@ def main() -> None:
         raise InputError(f"--opacity is {args.opacity}, expected 0 to 1")
     if args.frames < 0:
         raise InputError(f"--frames is {args.frames}, expected 0 or more")
-    inputs = find_inputs(args.input)
+    inputs, links = find_inputs(args.input)
     predictor = Predictor(load_config(args.config_file, args.opts))
     check_output(args.output, args.force)
     demo = Demo(predictor, args.output, args.labels, args.confidence, args.opacity)
+    demo.problems += links
     try:
-        images = sum(kind == "image" for kind, _ in inputs)
+        images = sum(kind == "image" for kind, _, _ in inputs)
         with tqdm(total=images, desc="Images", unit="image", disable=not images) as bar:
-            for (kind, source), name in zip(inputs, name_outputs(inputs), strict=True):
+            for (kind, source, _), name in zip(inputs, name_outputs(inputs), strict=True):
                 if kind == "image":
                     demo.image(source, name)
                     bar.update()

@@ -35,6 +35,7 @@ from mcibi_d2.data.labels import (
     nearest_values,
     read_label_file,
 )
+from mcibi_d2.data.mapper import fitting_white_level, highest_value
 from mcibi_d2.data.own import is_taken, palette, split_pairs
 from mcibi_d2.data.pairs import Pair, find_pairs, guess_suffixes
 from mcibi_d2.engine import load_config
@@ -72,6 +73,8 @@ class _Label:
     palette: dict[int, Color] | None
     # Values that are not listed above, and the three numbers for all of them.
     rest: np.ndarray
+    # Of an image of 16 bits, its highest value, else 0.
+    highest: int = 0
 
 
 @dataclass
@@ -84,6 +87,8 @@ class _Labels:
     in_color: bool
     palette: dict[int, Color]
     soft: list | None = None
+    # Highest value of images of 16 bits.
+    highest: int = 0
 
 
 def _read(pair: Pair, how: str = "exact") -> _Label | str:
@@ -102,6 +107,7 @@ def _read(pair: Pair, how: str = "exact") -> _Label | str:
                 f"{pair.label}: labels of {label.size[0]} x {label.size[1]} (height x width), its "
                 f"image has {size[0]} x {size[1]}"
             )
+        label.highest = highest_value(str(pair.image))
     except (_Wrong, InputError) as wrong:
         return " ".join(str(wrong).split())
     return label
@@ -279,6 +285,7 @@ def scan(
         form = "colors" if not tables else "colors, in palettes that differ between the files"
         form = "colors" if how == "nearest" else form
     labels = _Labels(form, pixels, files, in_color, dict(meanings))
+    labels.highest = max(label.highest for label in good.values())
     if how == "nearest":
         meant = soft_values(pixels, thin, between, rest)
         _take_nearest(labels, _parse(named, labels, "--nearest") if named else meant)
@@ -545,6 +552,7 @@ def write_config(
     sizes: Counter,
     notes: list[str],
     wrong: dict[str, str],
+    white_level: int,
 ) -> str:
     """The text of the config.
 
@@ -556,6 +564,7 @@ def write_config(
         sizes: how many images have each (height, width).
         notes: of each class, a comment.
         wrong: why each of ``EXCLUDED`` is there.
+        white_level: of the images; 0: they have 8 bits, or fill 16.
     """
     solver, head = base_cfg.SOLVER, base_cfg.MODEL.SEM_SEG_HEAD
     count = len(own.CLASS_NAMES)
@@ -611,6 +620,13 @@ def write_config(
         lines.append("    IGNORE_VALUE: 65535")
     lines += [
         "INPUT:",
+        *(
+            [
+                "  # The value of images of 16 bits that becomes white.",
+                f"  WHITE_LEVEL: {white_level}",
+            ]
+            * bool(white_level)
+        ),
         "  CROP:",
         f"    SIZE: {_quoted(crop)}",
         "  # Evaluate at the images' own size.",
@@ -755,6 +771,12 @@ def init_dataset(args: argparse.Namespace) -> None:
     else:
         own.LABEL_IDS, own.LABEL_IGNORED = classes, sorted(ignored)
     own.LABEL_NEAREST, own.LABEL_THRESHOLD = how == "nearest", args.threshold or 0
+    white_level = base_cfg.INPUT.WHITE_LEVEL or fitting_white_level(labels.highest)
+    if white_level and labels.highest:
+        said.append(
+            f"Images of 16 bits have values up to {labels.highest:,} of 65,535, so that "
+            f"{white_level:,} becomes white (INPUT.WHITE_LEVEL)."
+        )
     alone = [path for some in found for path in some.alone]
     links = [sentence for some in found for sentence in some.links]
     names = dict(zip(classes, own.CLASS_NAMES, strict=True))
@@ -771,7 +793,7 @@ def init_dataset(args: argparse.Namespace) -> None:
     notes = [
         f"{kind} {_text(x)}, {100 * labels.pixels[x] / total:.3g} % of pixels" for x in classes
     ]
-    text = write_config(own, str(base), base_cfg, len(train), sizes, notes, wrong)
+    text = write_config(own, str(base), base_cfg, len(train), sizes, notes, wrong, white_level)
     _write(args.output, text)
     fits = base_cfg.MODEL.DEVICE == "cpu" or torch.cuda.is_available()
     print(
