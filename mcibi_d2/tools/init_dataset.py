@@ -331,14 +331,16 @@ def soft_values(pixels: Counter, thin: Counter, between: Counter, rest: np.ndarr
     if (
         len(solid) < 2
         or len(lines) + rest[0] < 2
-        or not 1e-4 * total < at_borders < 0.75 * total
+        or not 10 <= at_borders < 0.75 * total
         or rising < 0.2 * at_borders
     ):
         return None
     meant: list = []
     for value in sorted(solid, key=lambda value: -pixels[value]):
         # Compression leaves areas beside those of what is meant.
-        if not any(_distance(value, m) <= 8 and pixels[value] < 0.1 * pixels[m] for m in meant):
+        if not any(
+            _distance(value, m) <= (8 if pixels[value] < 0.1 * pixels[m] else 4) for m in meant
+        ):
             meant.append(value)
     return sorted(meant) if len(meant) > 1 else None
 
@@ -681,7 +683,9 @@ def _set_suffixes(own: CfgNode, image_suffix: str | None, label_suffix: str | No
     if image_suffix is not None or label_suffix is not None:
         own.IMAGE_SUFFIX, own.LABEL_SUFFIX = image_suffix or "", label_suffix or ""
         return []
-    own.IMAGE_SUFFIX, own.LABEL_SUFFIX = guess_suffixes(own.TRAIN)
+    # A list needs none, a folder beside it may.
+    guesses = [guess_suffixes(source) for source in (own.TRAIN, own.VAL) if source]
+    own.IMAGE_SUFFIX, own.LABEL_SUFFIX = next(filter(any, guesses), ("", ""))
     return [
         f"Names of {kind} end in {suffix}, beside what a pair shares (--{option}-suffix says "
         f"another)."
