@@ -39,9 +39,9 @@ class ClassCenterContext(ContextModule):
         norm: NormFactory = nn.BatchNorm2d,
         *,
         dropout: float = 0.2,
-        **_,
+        **others: object,
     ):
-        super().__init__()
+        super().__init__(**others)
         self.reduce = conv_norm_relu(in_channels, channels, 1, norm)
         self.dropout = nn.Dropout2d(dropout)
         self.refine = conv_norm_relu(channels, channels, 1, norm)

@@ -72,7 +72,7 @@ class AsymmetricNonLocal(ContextModule):
         channels: see :class:`ContextModule`.
         norm: see :class:`ContextModule`.
         lower_channels: of L, at least 1.
-        **_: takes, and ignores, the options of others.
+        **others: see :class:`ContextModule`; not used.
 
     Raises:
         ValueError: without ``lower_channels``.
@@ -87,9 +87,9 @@ class AsymmetricNonLocal(ContextModule):
         norm: NormFactory = nn.BatchNorm2d,
         *,
         lower_channels: int = 0,
-        **_: object,
+        **others: object,
     ):
-        super().__init__()
+        super().__init__(**others)
         if lower_channels < 1:
             raise ValueError(
                 f"lower_channels of AsymmetricNonLocal is {lower_channels}, "

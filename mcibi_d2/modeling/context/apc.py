@@ -65,13 +65,13 @@ class AdaptivePyramid(ContextModule):
         in_channels: see :class:`ContextModule`.
         channels: see :class:`ContextModule`.
         norm: see :class:`ContextModule`.
-        **_: takes, and ignores, the options of others.
+        **others: see :class:`ContextModule`; not used.
     """
 
     def __init__(
-        self, in_channels: int, channels: int, norm: NormFactory = nn.BatchNorm2d, **_: object
+        self, in_channels: int, channels: int, norm: NormFactory = nn.BatchNorm2d, **others: object
     ):
-        super().__init__()
+        super().__init__(**others)
         self.contexts = nn.ModuleList(
             AdaptiveContext(in_channels, channels, scale, norm) for scale in SCALES
         )

@@ -30,7 +30,7 @@ class AtrousPyramid(ContextModule):
         norm: see :class:`ContextModule`.
         output_stride: the dilations are those of stride 16 from 16 on, else those of stride 8.
         dilations: d_1, d_2, d_3 where they shall be others.
-        **_: takes, and ignores, the options of others.
+        **others: see :class:`ContextModule`; not used.
     """
 
     def __init__(
@@ -41,9 +41,9 @@ class AtrousPyramid(ContextModule):
         *,
         output_stride: int = 8,
         dilations: Sequence[int] = (),
-        **_: object,
+        **others: object,
     ):
-        super().__init__()
+        super().__init__(**others)
         if not dilations:
             dilations = [d // 2 for d in DILATIONS] if output_stride >= 16 else DILATIONS
         self.branches = nn.ModuleList(

@@ -1,12 +1,15 @@
 """What all within-image context modules A_wi have in common (paper, Eq. 3)."""
 
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 
 
 class ContextModule(nn.Module):
     """Gathers context C_wi within an image: a feature map in, a map of ``channels`` out.
 
-    Every module takes the same arguments, and uses those that its paper needs:
+    Every module takes the same arguments, uses those that its paper needs, and gives the others to
+    this class, which knows no further ones:
 
     - ``in_channels``: of the backbone's last feature R;
     - ``channels``: of the result (512 in the papers);
@@ -21,6 +24,16 @@ class ContextModule(nn.Module):
 
     needs_lower = False
     needs_coarse = False
+
+    def __init__(
+        self,
+        *,
+        lower_channels: int = 0,
+        num_classes: int = 0,
+        output_stride: int = 8,
+        dilations: Sequence[int] = (),
+    ):
+        super().__init__()
 
     def forward(
         self,

@@ -89,7 +89,7 @@ class DualAttention(ContextModule):
         channels: see :class:`ContextModule`.
         norm: see :class:`ContextModule`.
         as_printed: see :class:`ChannelAttention`.
-        **_: takes, and ignores, the options of others.
+        **others: see :class:`ContextModule`; not used.
     """
 
     def __init__(
@@ -99,9 +99,9 @@ class DualAttention(ContextModule):
         norm: NormFactory = nn.BatchNorm2d,
         *,
         as_printed: bool = False,
-        **_: object,
+        **others: object,
     ):
-        super().__init__()
+        super().__init__(**others)
         self.position = nn.Sequential(
             conv_norm_relu(in_channels, channels, 3, norm),
             PositionAttention(channels),

@@ -59,7 +59,7 @@ class DynamicFilterContext(ContextModule):
 
     ``C = conv3x3-BN-ReLU([R, y_1, y_3, y_5, y_7])``, y_k from :class:`DynamicConvolution`. As in
     the authors' code, no further 1x1 convolution follows each y_k: the last one mixes the channels
-    anyway. Takes, and ignores, the options of others.
+    anyway. Takes the options of others, too.
 
     Args:
         in_channels: see :class:`ContextModule`.
@@ -75,9 +75,9 @@ class DynamicFilterContext(ContextModule):
         norm: NormFactory = nn.BatchNorm2d,
         *,
         sizes: tuple[int, ...] = (1, 3, 5, 7),
-        **_,
+        **others: object,
     ):
-        super().__init__()
+        super().__init__(**others)
         if any(size % 2 == 0 for size in sizes):
             raise ValueError(f"DynamicFilterContext found sizes {sizes}, expected odd ones")
         self.branches = nn.ModuleList(

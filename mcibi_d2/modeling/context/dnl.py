@@ -65,13 +65,13 @@ class DisentangledNonLocal(ContextModule):
         in_channels: see :class:`ContextModule`.
         channels: see :class:`ContextModule`.
         norm: see :class:`ContextModule`.
-        **_: takes, and ignores, the options of others.
+        **others: see :class:`ContextModule`; not used.
     """
 
     def __init__(
-        self, in_channels: int, channels: int, norm: NormFactory = nn.BatchNorm2d, **_: object
+        self, in_channels: int, channels: int, norm: NormFactory = nn.BatchNorm2d, **others: object
     ):
-        super().__init__()
+        super().__init__(**others)
         self.before = conv_norm_relu(in_channels, channels, 3, norm)
         self.block = DisentangledBlock(channels, norm)
         self.after = conv_norm_relu(channels, channels, 3, norm)

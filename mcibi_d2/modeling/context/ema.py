@@ -27,7 +27,7 @@ class EMContext(ContextModule):
     convolution, which it leaves as it was drawn, maps non-negative p to numbers of both signs;
     here it is two buffers, ``projection`` and ``projection_bias``, so that every parameter has a
     gradient. They and the first bases are drawn from a seed of their own, alike on all processes.
-    Takes, and ignores, the options of others.
+    Takes the options of others, too.
 
     **The running bases**, a buffer (channels, bases), move in training by
     ``mu <- momentum mu + (1 - momentum) mean of the fitted mu``, the mean over the images of all
@@ -54,9 +54,9 @@ class EMContext(ContextModule):
         bases: int = 64,
         iterations: int = 3,
         momentum: float = 0.9,
-        **_,
+        **others: object,
     ):
-        super().__init__()
+        super().__init__(**others)
         if iterations < 1:
             raise ValueError(f"EMContext found iterations {iterations}, expected 1 or more")
         self.iterations = iterations

@@ -57,7 +57,7 @@ class ContextEncoding(ContextModule):
     The paper sums over the codewords where the authors' code, and this, takes the mean. The loss
     is an average over classes and over the images that have a valid pixel: targets outside
     0 .. num_classes - 1 are ignored, and nothing is known of an image with no others. A batch of
-    such images has a loss of 0 with gradients of 0. Takes, and ignores, the options of others.
+    such images has a loss of 0 with gradients of 0. Takes the options of others, too.
 
     Args:
         in_channels: see :class:`ContextModule`.
@@ -77,9 +77,9 @@ class ContextEncoding(ContextModule):
         num_classes: int = 0,
         codewords: int = 32,
         loss_weight: float = 0.2,
-        **_,
+        **others: object,
     ):
-        super().__init__()
+        super().__init__(**others)
         if num_classes < 1:
             raise ValueError(f"ContextEncoding found num_classes {num_classes}, expected 1 or more")
         self.num_classes = num_classes

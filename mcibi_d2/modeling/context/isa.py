@@ -110,7 +110,7 @@ class InterlacedContext(ContextModule):
 
     far and near are :class:`GroupedAttention`. With blocks of 8 x 8 pixels the attention matrices
     have hw (hw / 64 + 64) entries in place of (hw)^2. The rate 0.05 of Dropout2d is that of the
-    authors' code. Takes, and ignores, the options of others.
+    authors' code. Takes the options of others, too.
 
     Args:
         in_channels: see :class:`ContextModule`.
@@ -130,9 +130,9 @@ class InterlacedContext(ContextModule):
         key_channels: int = 256,
         division: int = 8,
         dropout: float = 0.05,
-        **_,
+        **others: object,
     ):
-        super().__init__()
+        super().__init__(**others)
         self.pixels = conv_norm_relu(in_channels, channels, 3, norm)
         self.far = GroupedAttention(channels, key_channels, division, True, norm)
         self.near = GroupedAttention(channels, key_channels, division, False, norm)

@@ -22,7 +22,7 @@ class ObjectContext(ContextModule):
     phi and psi are two 1x1 conv-BN-ReLU to ``key_channels``, delta one, rho one back to
     ``channels``, g one from twice ``channels``. The scale 1 / sqrt(256) and the rate 0.05 of
     Dropout2d are those of the authors' code; the paper names neither. As there, the gradient goes
-    through the regions into the coarse logits. Takes, and ignores, the options of others.
+    through the regions into the coarse logits. Takes the options of others, too.
 
     OCRNet + MCIBI is in no released code. Here it is wired as MCIBI's paper has every module (Eq.
     3-4): l is the auxiliary head's prediction, as in OCRNet, and H1's W, from R', is for the
@@ -48,9 +48,9 @@ class ObjectContext(ContextModule):
         *,
         key_channels: int = 256,
         dropout: float = 0.05,
-        **_,
+        **others: object,
     ):
-        super().__init__()
+        super().__init__(**others)
         self.pixels = conv_norm_relu(in_channels, channels, 3, norm)
         self.attention = Attention(channels, key_channels, norm)
         self.join = conv_norm_relu(2 * channels, channels, 1, norm)

@@ -131,9 +131,9 @@ class PointwiseContext(ContextModule):
         norm: NormFactory = nn.BatchNorm2d,
         *,
         mask_size: int = 97,
-        **_,
+        **others: object,
     ):
-        super().__init__()
+        super().__init__(**others)
         if mask_size % 2 == 0:
             raise ValueError(f"PointwiseContext found mask_size {mask_size}, expected an odd one")
         self.collect = PointwiseAttention(in_channels, channels, mask_size, True, norm)
