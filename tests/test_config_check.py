@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import make_tiny_cfg
+from conftest import ROOT, make_tiny_cfg
 from detectron2.config import get_cfg
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.engine import default_argument_parser
 from torch import nn
 
 from mcibi_d2 import InputError, add_mcibi_config
@@ -18,8 +20,8 @@ from mcibi_d2.data.augmentation import (
     build_test_augmentation,
     build_train_augmentation,
 )
-from mcibi_d2.engine import Trainer, load_config
-from mcibi_d2.engine.config_check import check_values, merge_file, merge_options
+from mcibi_d2.engine import Trainer, launch, load_config, setup
+from mcibi_d2.engine.config_check import check_config, check_values, merge_file, merge_options
 from mcibi_d2.engine.config_table import TABLE
 from mcibi_d2.evaluation import SemanticSegmentorWithTTA
 
@@ -111,7 +113,8 @@ def use(cfg, key):
     """Build and run, in the smallest way, what reads a key."""
     torch.manual_seed(0)
     part = key.partition(".")[0]
-    if key in ("MODEL.WEIGHTS", "MODEL.TIMM.PRETRAINED") or "RESNETS" in key:
+    unread = ("RESNETS", "MIN_SIZES", "MAX_SIZE", "SIGMAS", "PRECISE_BN", "BOUNDARY", "VIS_IMAGES")
+    if key in ("MODEL.WEIGHTS", "MODEL.TIMM.PRETRAINED") or any(name in key for name in unread):
         return
     if part == "SOLVER":
         net = nn.Sequential(nn.Conv2d(1, 1, 1), nn.BatchNorm2d(1))
@@ -263,3 +266,85 @@ def test_configs_without_the_keys_say_so(tiny_cfg):
     tiny_cfg.MODEL["MCIBI"] = 5
     with pytest.raises(InputError, match=r"MODEL\.MCIBI is 5, expected a section"):
         Trainer(tiny_cfg)
+
+
+RECORD = {"file_name": "scenes://train/0.png", "sem_seg_file_name": "scenes://train/0_labels.png"}
+NO_LABELS = [{"file_name": "x.png"}, {"file_name": "y.png"}]
+
+
+@pytest.fixture
+def odd_data_set(tiny_cfg):
+    """Gives what registers a data set of such records and metadata, and a config that names it."""
+
+    def register(records, key, **metadata):
+        DatasetCatalog.register("test_odd", lambda: records)
+        metadata = {"stuff_classes": [str(k) for k in range(16)], "ignore_label": 255, **metadata}
+        MetadataCatalog.get("test_odd").set(**metadata)
+        tiny_cfg.DATASETS[key] = ("test_odd",)
+        return tiny_cfg
+
+    yield register
+    DatasetCatalog.remove("test_odd")
+    MetadataCatalog.remove("test_odd")
+
+
+@pytest.mark.parametrize("key", ["TRAIN", "TEST"])
+@pytest.mark.parametrize(
+    "records, metadata, message",
+    [
+        ([], {}, "data set test_odd is empty, expected one image or more"),
+        ([{"image": "x.png"}], {}, "data set test_odd has no file_name for 1 of 1 images, such as"),
+        ([RECORD], {"evaluator_type": ("sem_seg",)},
+         r"evaluator_type in the metadata of data set test_odd is \('sem_seg',\), expected a text"),
+        ([RECORD], {"stuff_classes": "road"}, "stuff_classes .* test_odd is 'road', expected a list"),
+        ([RECORD], {"stuff_classes": [1] * 16}, "stuff_classes .* of data set test_odd is "),
+        ([RECORD], {"ignore_label": "void"}, "ignore_label .* test_odd is 'void', expected a"),
+        ([RECORD], {"stuff_classes": ["a", "b"]}, "NUM_CLASSES is 16, but test_odd has 2 classes"),
+        (None, {}, "data set test_odd, which another project registered, cannot be loaded"),
+    ],
+)  # fmt: skip
+def test_odd_data_sets_are_said(odd_data_set, key, records, metadata, message):
+    cfg = odd_data_set(records, key, **metadata)
+    with pytest.raises(InputError, match=message):
+        check_config(cfg)
+    with pytest.raises(InputError, match=message):
+        if key == "TRAIN" or metadata:
+            Trainer(cfg)
+        else:
+            Trainer.test(cfg, nn.Identity())
+
+
+def test_training_set_without_labels_is_said(odd_data_set):
+    cfg = odd_data_set([RECORD, *NO_LABELS], "TRAIN")
+    for start in (check_config, Trainer, Trainer.build_train_loader):
+        with pytest.raises(InputError, match=r"has no sem_seg_file_name for 2 of 3 .*x\.png"):
+            start(cfg)
+    cfg.DATASETS.TRAIN = ()
+    for start in (check_config, Trainer, Trainer.build_train_loader):
+        with pytest.raises(InputError, match=r"DATASETS\.TRAIN is \(\), expected the name"):
+            start(cfg)
+    cfg.DATASETS.TRAIN = ("scene_train",)
+    for start in (check_config, Trainer, Trainer.build_train_loader):
+        with pytest.raises(InputError, match="'scene_train' is not a registered .*scenes_train"):
+            start(cfg)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["SOLVER.MAX_ITER", "None"], "command line: SOLVER.MAX_ITER is None, expected"),
+        (["DATASETS.TRAIN", "('scene_train',)"], "'scene_train' is not a registered data set"),
+        (["MODEL.MCIBI.CONTEXT", "foo"], "CONTEXT is 'foo', expected one of none, ppm"),
+        (["MODEL.TIMM.OUT_INDICES", "(0, 1)"], "IN_FEATURES has 'res5', expected a feature of"),
+    ],
+)
+def test_the_command_line_says_one_sentence(tmp_path, options, message, capsys):
+    options = [*options, "MODEL.TIMM.PRETRAINED", "False", "OUTPUT_DIR", str(tmp_path)]
+    args = default_argument_parser().parse_args(
+        ["--config-file", str(ROOT / "configs/scenes/mcibi_tiny.yaml"), *options]
+    )
+    with pytest.raises(SystemExit) as end:
+        launch(lambda args, cfg: Trainer(cfg), setup, args)
+    said = capsys.readouterr().err + f"{end.value.code}"
+    (line,) = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert message in line and "Traceback" not in said

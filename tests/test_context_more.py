@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
+from mcibi_d2.modeling.context import CONTEXTS, ContextModule
 from mcibi_d2.modeling.context.acf import ClassCenterContext
 from mcibi_d2.modeling.context.dm import DynamicFilterContext
 from mcibi_d2.modeling.context.ema import EMContext
@@ -387,6 +388,14 @@ def test_says_what_inputs_it_needs(module):
     if module.needs_coarse:
         with pytest.raises(ValueError, match=f"{module.__name__} found no coarse logits"):
             make(module)(make_input()[0])
+
+
+@pytest.mark.parametrize("name", CONTEXTS)
+def test_every_module_takes_the_same_arguments_and_no_others(name):
+    options = {"lower_channels": 4, "num_classes": 3, "output_stride": 16, "dilations": (1, 2, 3)}
+    assert isinstance(CONTEXTS[name](8, 8, **options), ContextModule)
+    with pytest.raises(TypeError, match="'dilation'"):
+        CONTEXTS[name](8, 8, **options, dilation=(1, 2, 3))
 
 
 @pytest.mark.parametrize(

@@ -400,15 +400,30 @@ def check_registered(name: str, where: str) -> None:
         )
 
 
-def load_records(name: str) -> list[dict]:
-    """The records of any registered data set.
+def load_records(name: str, labelled: bool = False) -> list[dict]:
+    """The records of any registered data set, at least one.
+
+    Args:
+        name: of the data set.
+        labelled: whether every record must have a label file.
 
     Raises:
         InputError: also where another project's data set raises something else, and where an image
             is its own label.
     """
+    check_registered(name, "data set")
     try:
         records = DatasetCatalog.get(name)
+        if len(records) == 0:
+            raise InputError(f"data set {name} is empty, expected one image or more")
+        for key in ("file_name", "sem_seg_file_name")[: 1 + labelled]:
+            without = [i for i, record in enumerate(records) if not record.get(key)]
+            if without:
+                some = records[without[0]].get("file_name", f"record {without[0]}")
+                raise InputError(
+                    f"data set {name} has no {key} for {len(without)} of {len(records)} images, "
+                    f"such as {some}, expected the path of each"
+                )
         for i, record in enumerate(records):
             # Whether links lead to one file is seen where the files are read (`SemSegMapper`).
             image, label = record["file_name"], record.get("sem_seg_file_name")

@@ -9,10 +9,8 @@ import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import (
-    DatasetCatalog,
     DatasetFromList,
     MapDataset,
-    get_detection_dataset_dicts,
 )
 from detectron2.data import transforms as T
 from detectron2.data.build import trivial_batch_collator, worker_init_reset_seed
@@ -25,6 +23,7 @@ from torch.utils.data import Dataset, Sampler, get_worker_info
 
 from ..errors import InputError
 from .augmentation import build_test_augmentation
+from .datasets import load_records
 from .mapper import SemSegMapper
 from .workers import WorkerLoader
 
@@ -139,7 +138,11 @@ def build_train_loader(cfg, mapper: Callable[[dict], dict] | None = None):
         InputError: while iterating: a sample or a worker is bad, or nothing came within
             ``DATALOADER.TIMEOUT``.
     """
-    records = get_detection_dataset_dicts(cfg.DATASETS.TRAIN, filter_empty=False)
+    if not cfg.DATASETS.TRAIN:
+        raise InputError("DATASETS.TRAIN is (), expected the name of a data set")
+    # Another mapper may do without labels; one without is a bad sample like others.
+    labelled = mapper is None and not cfg.DATALOADER.SKIP_BAD
+    records = [record for name in cfg.DATASETS.TRAIN for record in load_records(name, labelled)]
     stream = TrainingStream(
         records,
         mapper or SemSegMapper(cfg, True),
@@ -179,7 +182,7 @@ def build_test_loader(
     """
     records = data
     if isinstance(data, str):
-        records = get_detection_dataset_dicts(data, filter_empty=False)
+        records = load_records(data)
     mapper = mapper or SemSegMapper(cfg, False)
     labels = getattr(mapper, "is_train", False)
     return WorkerLoader(
@@ -255,7 +258,7 @@ def build_labelled_loader(
     Raises:
         InputError: the data set has no labels.
     """
-    records = DatasetCatalog.get(dataset_name)
+    records = load_records(dataset_name)
     count = min(images or len(records), len(records))
     records = [records[i * len(records) // count] for i in range(count)]
     unlabelled = next((r for r in records if "sem_seg_file_name" not in r), None)

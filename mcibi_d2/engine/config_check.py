@@ -17,6 +17,7 @@ from ..data.augmentation import CROP_TYPES
 from ..data.datasets import check_registered, load_records
 from ..errors import InputError
 from .class_names import check_data_sets
+from .config_table import METADATA as _METADATA
 from .config_table import REMOVED, TABLE, Rule, rule_of
 
 
@@ -204,7 +205,8 @@ def check_config(
         )
     if train and cfg.MODEL.MCIBI.ENABLED:
         _check_memory_init(cfg.MODEL.MCIBI.MEMORY)
-    _check_data(cfg, train)
+    check_metadata(cfg, train)
+    _check_files(cfg, train)
     _check_output(cfg.OUTPUT_DIR)
 
 
@@ -334,29 +336,45 @@ def check_number_of_classes(cfg: CfgNode, name: str) -> None:
         )
 
 
-def _check_data(cfg: CfgNode, train: bool) -> None:
-    """Every data set is known, has its folders, and as many classes as the head."""
+def check_metadata(cfg: CfgNode, train: bool = True) -> None:
+    """Raise an :class:`InputError` for a data set that is not known, or not of this model.
+
+    No file is looked at, and no records are made.
+
+    Args:
+        cfg: with the names of the data sets.
+        train: whether the training set is used.
+    """
     if train and not cfg.DATASETS.TRAIN:
-        raise InputError("DATASETS.TRAIN is empty, expected the name of a data set")
+        raise InputError("DATASETS.TRAIN is (), expected the name of a data set")
     for name in (*(cfg.DATASETS.TRAIN if train else ()), *cfg.DATASETS.TEST):
         check_registered(name, "DATASETS")
-        classes = MetadataCatalog.get(name).get("stuff_classes")
-        if classes is None:
-            raise InputError(f"data set {name} has no stuff_classes in its metadata")
-        check_number_of_classes(cfg, name)
         metadata, head = MetadataCatalog.get(name), cfg.MODEL.SEM_SEG_HEAD
+        if metadata.get("stuff_classes") is None:
+            raise InputError(
+                f"data set {name} has no stuff_classes in its metadata, expected class names"
+            )
+        for key, rule in _METADATA.items():
+            if metadata.get(key) is not None:
+                _require(f"{key} in the metadata of data set {name}", metadata.get(key), rule)
+        check_number_of_classes(cfg, name)
         if metadata.get("ignore_label", head.IGNORE_VALUE) != head.IGNORE_VALUE:
             raise InputError(
                 f"MODEL.SEM_SEG_HEAD.IGNORE_VALUE is {head.IGNORE_VALUE}, but {name} ignores "
                 f"{metadata.ignore_label}"
             )
+    check_data_sets(cfg)
+
+
+def _check_files(cfg: CfgNode, train: bool) -> None:
+    """Every data set has its folders, and the files of its first image."""
+    for name in (*(cfg.DATASETS.TRAIN if train else ()), *cfg.DATASETS.TEST):
         if cfg.DATALOADER.SKIP_BAD and name not in cfg.DATASETS.TEST:
             continue  # the first may be one of the bad ones
-        for record in load_records(name)[:1]:
-            for file in (record["file_name"], record.get("sem_seg_file_name")):
-                if file and not PathManager.exists(file):
-                    raise InputError(f"{file}: no such file, but {name} lists it")
-    check_data_sets(cfg)
+        first = load_records(name, labelled=train and name in cfg.DATASETS.TRAIN)[0]
+        for file in (first["file_name"], first.get("sem_seg_file_name")):
+            if file and not PathManager.exists(file):
+                raise InputError(f"{file}: no such file, but {name} lists it")
 
 
 def _check_output(folder: str) -> None:

@@ -511,6 +511,13 @@ TABLE: dict[str, Rule] = dict(
     ]
 )
 
+# Of the metadata of a data set, what is read if it is there.
+METADATA: dict[str, Rule] = {
+    "stuff_classes": Several("a list of at least one", _SOME, Text("a name")),
+    "ignore_label": _label,
+    "evaluator_type": Text("a text such as sem_seg"),
+}
+
 # Keys that were there once, with what does the same.
 REMOVED: dict[str, str] = {
     # Of Detectron2's first version.

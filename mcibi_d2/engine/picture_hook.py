@@ -5,7 +5,7 @@ import os
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import MetadataCatalog
 from detectron2.engine import HookBase
 from detectron2.evaluation import inference_context
 from matplotlib.figure import Figure
@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..data import SemSegMapper, read_image
+from ..data.datasets import load_records
 from ..data.labels import read_labels
 from ..data.own import palette
 from ..evaluation import MemoryContents
@@ -83,7 +84,7 @@ def overlays(cfg: CfgNode, model: nn.Module, count: int) -> Figure:
         count: of the images, which are spread evenly over the set.
     """
     name = cfg.DATASETS.TEST[0]
-    records, metadata = DatasetCatalog.get(name), MetadataCatalog.get(name)
+    records, metadata = load_records(name), MetadataCatalog.get(name)
     count = min(count, len(records))
     mapper, rows = SemSegMapper(cfg, False), []
     with inference_context(model), labels_only(model), torch.no_grad():

@@ -24,8 +24,8 @@ from ..evaluation import SemanticSegmentorWithTTA, SemSegEvaluator
 from ..modeling.segmentor import labels_only
 from .batch_norm_hook import AverageStatisticsHook, gather_statistics, set_statistics
 from .checkpoint import Checkpointer, replacing
-from .class_names import check_data_sets, class_names
-from .config_check import check_number_of_classes, check_values
+from .class_names import class_names
+from .config_check import check_metadata, check_values
 from .memory_hooks import MemoryUpdateHook, find_memories
 from .memory_init import MemoryInitHook
 from .picture_hook import PictureHook
@@ -60,9 +60,7 @@ class Trainer(DefaultTrainer):
                 setup_logger(name=name)
         check_values(cfg)
         register_own_dataset(cfg)
-        for name in cfg.DATASETS.TRAIN:
-            check_number_of_classes(cfg, name)
-        check_data_sets(cfg)
+        check_metadata(cfg)
         cfg = self.auto_scale_workers(cfg, comm.get_world_size())
         self.cfg = cfg
         self.start_iter = 0

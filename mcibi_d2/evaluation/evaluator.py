@@ -9,12 +9,13 @@ from typing import IO
 
 import numpy as np
 import torch
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import MetadataCatalog
 from detectron2.evaluation import SemSegEvaluator as Detectron2SemSegEvaluator
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 from torch import Tensor
 
+from ..data.datasets import load_records
 from ..data.labels import read_labels
 from ..errors import InputError, sentence
 from .boundary import boundaries
@@ -76,7 +77,7 @@ class SemSegEvaluator(Detectron2SemSegEvaluator):
                     f"data set {dataset_name} has no {key} in its metadata, which evaluation needs"
                 )
         unlabelled = [
-            r["file_name"] for r in DatasetCatalog.get(dataset_name) if "sem_seg_file_name" not in r
+            r["file_name"] for r in load_records(dataset_name) if "sem_seg_file_name" not in r
         ]
         if unlabelled:
             raise InputError(

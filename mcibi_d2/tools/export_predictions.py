@@ -15,12 +15,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import MetadataCatalog
 from detectron2.utils.file_io import PathManager
 from tqdm import tqdm
 
 from mcibi_d2 import InputError
 from mcibi_d2.data import build_test_loader
+from mcibi_d2.data.datasets import load_records
 from mcibi_d2.engine import load_config
 from mcibi_d2.engine.checkpoint import check_weights_exist
 from mcibi_d2.engine.setup import check_config
@@ -126,7 +127,7 @@ def main() -> None:
     cfg = make_config(args)
     (dataset,) = cfg.DATASETS.TEST
     ids = server_ids(args.format, dataset)
-    records = DatasetCatalog.get(dataset)
+    records = load_records(dataset)
     images = [record["file_name"] for record in records]
     check_same_run(cfg, args.format, args.output / "predictions.json")
     files = ServerFiles(args.format, images, ids, args.output / "predictions")

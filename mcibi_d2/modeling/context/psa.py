@@ -114,8 +114,8 @@ class PointwiseContext(ContextModule):
         C = conv3x3-BN-ReLU([R, up(conv1x1-BN-ReLU([z_c, z_d]))])
 
     where the inner convolution gives ``in_channels`` channels. Any size of R will do: the offsets
-    belong to distances on the map, which mean the same on a map of another size. Takes, and
-    ignores, the options of others.
+    belong to distances on the map, which mean the same on a map of another size. Takes the
+    options of others, too.
 
     Args:
         in_channels: see :class:`ContextModule`.
