@@ -156,8 +156,8 @@ def not_there():
     "load, metadata, message",
     [
         (not_there, {"stuff_classes": ["x"]}, "test_check_other, which another .*nowhere"),
-        (list, {"stuff_classes": ["x"]}, "test_check_other: holds no image"),
-        (list, {}, "test_check_other has no stuff_classes"),
+        (list, {"stuff_classes": ["x"]}, "test_check_other is empty, expected"),
+        (lambda: [{"file_name": "x"}], {}, "test_check_other has no stuff_classes"),
     ],
 )
 def test_another_projects_data_set_that_cannot_be_used(root, load, metadata, message):

@@ -101,9 +101,7 @@ def test_overlays_show_image_truth_and_prediction(tmp_path, monkeypatch, three_s
     assert len(shown) == 3
     # Without labels and colours, as another project's data set may be.
     shown.clear()
-    monkeypatch.setattr(
-        picture_hook.DatasetCatalog, "get", lambda _: [{"file_name": records[0]["file_name"]}]
-    )
+    monkeypatch.setattr(DatasetCatalog, "get", lambda _: [{"file_name": records[0]["file_name"]}])
     monkeypatch.delattr(MetadataCatalog.get("test_scenes_three"), "stuff_colors")
     overlays(cfg, model, 1)
     assert list(shown[0]) == ["image", "prediction"]
