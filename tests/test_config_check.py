@@ -278,7 +278,8 @@ def odd_data_set(tiny_cfg):
 
     def register(records, key, **metadata):
         DatasetCatalog.register("test_odd", lambda: records)
-        metadata = {"stuff_classes": [str(k) for k in range(16)], "ignore_label": 255, **metadata}
+        names = MetadataCatalog.get("scenes_train").stuff_classes
+        metadata = {"stuff_classes": names, "ignore_label": 255, **metadata}
         MetadataCatalog.get("test_odd").set(**metadata)
         tiny_cfg.DATASETS[key] = ("test_odd",)
         return tiny_cfg
