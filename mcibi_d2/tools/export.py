@@ -377,9 +377,9 @@ def make_parser() -> ToolParser:
     )  # fmt: skip
     parser.add_argument(
         "--precision", default="float32", choices=list(PRECISIONS),
-        help="what the network computes in, with all of its weights (images and logits are float32); "
-             "the file's logits must be the model's in that type, to 1e-4, 1e-2 and 5e-2 of their "
-             "range",
+        help="what the network computes in, with all of its weights (images and logits are "
+             "float32); the file's logits must be the model's in that type, to 1e-4, 1e-2 and 5e-2 "
+             "of their range",
     )  # fmt: skip
     parser.add_opts("MODEL.WEIGHTS X.pth; MODEL.DEVICE is what a TorchScript or pt2 file is for")
     return parser
