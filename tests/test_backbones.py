@@ -1,6 +1,8 @@
 import re
 import sys
+import time
 
+import huggingface_hub.constants
 import pytest
 import timm
 import torch
@@ -369,6 +371,17 @@ def test_a_block_whose_norm_nobody_trains_is_refused(tiny_cfg):
         build_model(tiny_cfg)
 
 
+def test_without_a_network_weights_are_missed_at_once(monkeypatch, tmp_path):
+    """The hub's library would try again for a minute."""
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    start = time.monotonic()
+    with pytest.raises(InputError, match="timm could not get the weights of mobilenetv2_100"):
+        TimmBackbone("mobilenetv2_100", pretrained=True)
+    assert time.monotonic() - start < 10
+    assert not huggingface_hub.constants.HF_HUB_OFFLINE
+
+
 def test_a_hub_out_of_reach_is_said(monkeypatch):
     build = timm.create_model
 
@@ -378,6 +391,7 @@ def test_a_hub_out_of_reach_is_said(monkeypatch):
         return build(*args, pretrained=False, **kwargs)
 
     monkeypatch.setattr(timm, "create_model", offline)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(InputError, match=r"weights of test_resnet .*MODEL\.WEIGHTS"):
         TimmBackbone("test_resnet", pretrained=True)
 

@@ -238,3 +238,8 @@ def test_a_memory_of_half_the_classes_with_two_slots_is_left_out(tmp_path):
     assert not other.sem_seg_head.memory.initialized.any()
     with pytest.raises(InputError, match="INIT_FILE: .*is for 8 classes, expected one for 16"):
         read_rows(str(tmp_path / "a.pth"), other.sem_seg_head.memory)
+
+
+def test_weights_that_cannot_be_downloaded_are_one_sentence():
+    with pytest.raises(InputError, match=r"WEIGHTS: http://127\.0\.0\.1:9/x\.pth: cannot be"):
+        Checkpointer(torch.nn.Linear(1, 1)).load("http://127.0.0.1:9/x.pth")

@@ -210,6 +210,25 @@ def test_names_outside_ascii_where_opencv_cannot_take_them(monkeypatch, tmp_path
     assert len(read_video(tmp_path / "film.mp4")) == 2
 
 
+def test_pictures_and_frames_are_run_together(monkeypatch, tmp_path, weights):
+    sizes = [picture(), picture()[:64], picture(1)]
+    for number, image in enumerate(sizes):
+        cv2.imwrite(str(tmp_path / f"{number}.png"), image)
+    write_video(tmp_path / "film.avi", 5)
+    given, predict = [], demo.Predictor.predict
+    monkeypatch.setattr(
+        demo.Predictor, "predict", lambda self, x: (given.append(len(x)), predict(self, x))[1]
+    )
+    run(monkeypatch, weights, tmp_path / "out", tmp_path, options=["--batch", "2"])
+    assert given == [2, 1, 2, 2, 1]
+    assert len(read_video(tmp_path / "out" / "film.mp4")) == 5
+    for number, image in enumerate(sizes):
+        drawn = cv2.imread(str(tmp_path / "out" / f"{number}.jpg"))
+        assert drawn.shape[0] >= image.shape[0] and drawn.shape[1] > image.shape[1]
+    with pytest.raises(InputError, match="--batch is 0, expected 1 or more"):
+        run(monkeypatch, weights, tmp_path / "more", tmp_path / "0.png", options=["--batch", "0"])
+
+
 def test_video_that_breaks_off(monkeypatch, capsys, tmp_path, weights):
     write_video(tmp_path / "whole.avi", 8)
     data = (tmp_path / "whole.avi").read_bytes()

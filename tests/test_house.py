@@ -17,15 +17,12 @@ ALLOWED = {
     "errors": set(),
     "files": {"errors"},
     "input_size": {"errors"},
-    "config_files": {"errors"},
     "convert": {"errors"},
-    "model_zoo": {"config_files", "engine", "errors"},
     "modeling": {"modeling", "input_size", "errors"},
     "data": {"data", "input_size", "errors"},
     "evaluation": {"evaluation", "modeling", "data", "errors", "files"},
     "visualization": {"visualization"},
     "engine": {
-        "config_files",
         "engine",
         "evaluation",
         "visualization",
@@ -36,8 +33,8 @@ ALLOWED = {
         "errors",
         "files",
     },
-    "predict": {"engine", "data", "modeling", "visualization", "errors"},
-    "__init__": {"config_files", "config", "data", "errors", "modeling"},
+    "predict": {"config", "engine", "data", "modeling", "visualization", "errors"},
+    "__init__": {"config", "data", "errors", "modeling"},
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 

@@ -9,6 +9,7 @@ from detectron2.utils.file_io import PathManager
 from PIL import Image
 
 from ..errors import InputError
+from .classes import class_names, ignore_label
 
 _INVALID = np.iinfo(np.int32).min
 
@@ -55,7 +56,7 @@ def read_labels(
     table = _table(
         tuple(_class_values(metadata)),
         tuple(_ignored_values(metadata)),
-        metadata.get("ignore_label", 255),
+        ignore_label(metadata),
         metadata.get("label_nearest", False),
         threshold,
     )
@@ -141,7 +142,7 @@ def _by_color(file_name: str, colors: np.ndarray, metadata: Metadata) -> np.ndar
     known, labels = _color_table(
         tuple(map(tuple, metadata.label_colors)),
         tuple(map(tuple, metadata.get("ignored_colors", ()))),
-        metadata.get("ignore_label", 255),
+        ignore_label(metadata),
     )
     place = np.searchsorted(known, colors).clip(max=len(known) - 1)
     unknown = known[place] != colors
@@ -162,11 +163,11 @@ def _by_color(file_name: str, colors: np.ndarray, metadata: Metadata) -> np.ndar
 
 @cache
 def _color_table(
-    classes: tuple[tuple, ...], ignored: tuple[tuple, ...], ignore_label: int
+    classes: tuple[tuple, ...], ignored: tuple[tuple, ...], label: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Known colors in increasing order, and the class id (or ignore label) of each."""
     known = np.array([red << 16 | green << 8 | blue for red, green, blue in classes + ignored])
-    labels = np.array([*range(len(classes)), *(ignore_label for _ in ignored)], dtype=np.int32)
+    labels = np.array([*range(len(classes)), *(label for _ in ignored)], dtype=np.int32)
     order = known.argsort()
     return known[order].astype(np.int32), labels[order]
 
@@ -175,7 +176,7 @@ def _color_table(
 def _table(
     classes: tuple[int, ...],
     ignored: tuple[int, ...],
-    ignore_label: int,
+    label: int,
     nearest: bool = False,
     threshold: int = 0,
 ) -> np.ndarray:
@@ -184,12 +185,12 @@ def _table(
     if nearest:
         known = np.array(sorted({*classes, *ignored} - {-1}))
         values = known[nearest_values(np.arange(1 << 16), known)]
-        table[:-1] = _table(classes, ignored, ignore_label)[values]
+        table[:-1] = _table(classes, ignored, label)[values]
     if threshold:
         lower, upper = sorted(range(2), key=lambda k: classes[k])
         table[:threshold], table[threshold:-1] = lower, upper
     table[list(classes)] = np.arange(len(classes))
-    table[list(ignored)] = ignore_label
+    table[list(ignored)] = label
     return table
 
 
@@ -213,17 +214,13 @@ def nearest_colors(colors: np.ndarray, known: np.ndarray) -> np.ndarray:
 
 
 def _class_values(metadata: Metadata) -> list[int]:
-    if metadata.get("stuff_classes") is None:
-        raise InputError(
-            f"data set {metadata.name} has no stuff_classes in its metadata, expected class names"
-        )
-    return metadata.get("label_ids") or list(range(len(metadata.stuff_classes)))
+    return metadata.get("label_ids") or list(range(len(class_names(metadata))))
 
 
 def _ignored_values(metadata: Metadata) -> list[int]:
     # An empty list says that every value is a class.
     ignored = metadata.get("label_ignored")
-    return [metadata.get("ignore_label", 255)] if ignored is None else ignored
+    return [ignore_label(metadata)] if ignored is None else ignored
 
 
 def _describe(metadata: Metadata) -> str:

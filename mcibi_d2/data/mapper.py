@@ -15,6 +15,7 @@ from PIL import ExifTags, Image
 
 from ..errors import InputError
 from .augmentation import SemSegInput, build_test_augmentation, build_train_augmentation
+from .classes import ignore_label
 from .files import same_file
 from .labels import is_array, label_values, read_label_file, read_labels
 from .own import register_own_dataset
@@ -32,6 +33,10 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+# Of TIFF: tags, bands by PhotometricInterpretation, and the ExtraSamples that are alpha.
+_PHOTOMETRIC, _SAMPLES_PER_PIXEL, _EXTRA_SAMPLES = 262, 277, 338
+_COLOR_BANDS = {0: 1, 1: 1, 2: 3, 3: 1, 5: 4, 6: 3, 8: 3}
+_ALPHA = ((1,), (2,))
 
 
 def read_image(
@@ -40,10 +45,10 @@ def read_image(
     """Read an image as Detectron2 does, with what it leaves open.
 
     Any number of channels and colour space that Pillow knows (grayscale, CMYK, palette, alpha)
-    becomes three channels; 16 bits become the upper 8 of them, or, with a white level W, the 8 bits
-    nearest to 255 min(value, W) / W. An image is turned as its EXIF tag
-    says, unless its labels have the size of the image as it is stored. (Where both have the same
-    size, the labels are taken to fit the turned one.)
+    becomes three channels; a TIFF's bands beyond these are refused. 16 bits become the upper 8 of
+    them, or, with a white level W, the 8 bits nearest to 255 min(value, W) / W. An image is turned
+    as its EXIF tag says, unless its labels have the size of the image as it is stored. (Where both
+    have the same size, the labels are taken to fit the turned one.)
 
     Args:
         file_name: any image that Pillow reads.
@@ -60,22 +65,58 @@ def read_image(
     """
     try:
         with PathManager.open(file_name, "rb") as file, Image.open(file) as image:
-            deep = bool(white_level) and is_deep(image)
-            orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-            as_stored = orientation in _SIDEWAYS and _size_in_header(label_file) == image.size
-            if deep:
-                image = Image.fromarray(_white_table(white_level)[_deep_values(file, image)])
-            if orientation in _TURNS and not as_stored:
-                image = image.transpose(_TURNS[orientation])
-            if image.mode.startswith("I"):
-                image = _upper_8_bits(image)
-            if image.mode == "F":
-                raise ValueError("floating-point values, expected 8 or 16 bits")
-            array = detection_utils.convert_PIL_to_numpy(image, image_format)
+            return image_array(image, image_format, label_file, white_level, file)
     # Pillow's decoders raise whatever their libraries do.
     except Exception as error:
         raise InputError(f"{file_name}: cannot be read as an image ({error})") from error
-    return np.ascontiguousarray(array)
+
+
+def image_array(
+    image: Image.Image,
+    image_format: str,
+    label_file: str | None = None,
+    white_level: int = 0,
+    file: IO[bytes] | None = None,
+) -> np.ndarray:
+    """What :func:`read_image` gives for an image that Pillow has opened.
+
+    Args:
+        image: whose pixels may not be read yet.
+        image_format: see :func:`read_image`.
+        label_file: see :func:`read_image`.
+        white_level: see :func:`read_image`.
+        file: of the image. Without it colors of 16 bits are the upper 8 of them, as Pillow has it.
+
+    Raises:
+        Exception: a ``ValueError`` that says what is wrong, or whatever Pillow's decoders raise.
+    """
+    _check_bands(image)
+    deep = bool(white_level) and is_deep(image) and bool(file or image.mode.startswith("I"))
+    orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    as_stored = orientation in _SIDEWAYS and _size_in_header(label_file) == image.size
+    if deep:
+        image = Image.fromarray(_white_table(white_level)[_deep_values(file, image)])
+    if orientation in _TURNS and not as_stored:
+        image = image.transpose(_TURNS[orientation])
+    if image.mode.startswith("I"):
+        image = _upper_8_bits(image)
+    if image.mode == "F":
+        raise ValueError("floating-point values, expected 8 or 16 bits")
+    return np.ascontiguousarray(detection_utils.convert_PIL_to_numpy(image, image_format))
+
+
+def _check_bands(image: Image.Image) -> None:
+    """Of a TIFF, what is beyond its colours is alpha, which its tags say."""
+    tags = getattr(image, "tag_v2", {})
+    samples = tags.get(_SAMPLES_PER_PIXEL, 1)
+    extra = samples - _COLOR_BANDS.get(tags.get(_PHOTOMETRIC), samples)
+    kinds = tuple(tags.get(_EXTRA_SAMPLES, ()))
+    if extra > 0 and not (extra == 1 and kinds in _ALPHA):
+        raise ValueError(
+            f"it has {samples} bands, and the TIFF does not say that the last {extra} are alpha "
+            f"(its tag ExtraSamples is {kinds or 'missing'}), expected {samples - extra}; "
+            f"`gdal_translate -b 1 -b 2 -b 3` takes the first three"
+        )
 
 
 def is_deep(image: Image.Image) -> bool:
@@ -242,7 +283,7 @@ class SemSegMapper:
         metadata = MetadataCatalog.get(name)
         labels = read_labels(label_file, name, image.shape[:2])
         # Detectron2 resizes label maps of these two types only.
-        largest = max(labels.max(), metadata.get("ignore_label", 255))
+        largest = max(labels.max(), ignore_label(metadata))
         labels = labels.astype(np.uint8 if largest < 256 else np.float32)
         return SemSegInput(image, sem_seg=labels, flip_pairs=metadata.get("flip_pairs", ()))
 

@@ -1,6 +1,5 @@
 """Your own data set, as the keys ``DATASETS.OWN`` of a config describe it."""
 
-import colorsys
 import hashlib
 import logging
 from functools import partial
@@ -10,6 +9,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.logger import log_first_n
 
 from ..errors import InputError
+from .classes import palette
 from .pairs import FoundPairs, find_pairs
 
 # What this module has registered, and may therefore replace, with its ``DATASETS.OWN``.
@@ -70,17 +70,6 @@ def is_taken(name: str) -> bool:
     """Whether a data set of this name, which is not an own one, is there already."""
     splits = {f"{name}_train", f"{name}_val"}
     return bool((splits - _registered.keys()) & set(DatasetCatalog))
-
-
-def palette(count: int) -> list[list[int]]:
-    """``count`` colors that differ: hues by the golden ratio, at three levels of brightness."""
-    return [
-        [
-            round(255 * part)
-            for part in colorsys.hsv_to_rgb(i * 0.618034 % 1, 0.8, 0.95 - 0.2 * (i % 3))
-        ]
-        for i in range(count)
-    ]
 
 
 def split_pairs(own: CfgNode, split: str) -> FoundPairs:

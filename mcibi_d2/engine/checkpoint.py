@@ -1,6 +1,8 @@
 """Checkpoints: written whole or not at all, and loaded with a word about what fits."""
 
+import http.client
 import os
+import socket
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import IO
@@ -9,6 +11,7 @@ from urllib.parse import parse_qs, urlparse
 import numpy as np
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
+from iopath.common.file_io import PathManager
 from torch import nn
 
 from ..errors import InputError
@@ -17,6 +20,8 @@ from .class_names import CLASSES, classes_of_head, names_in, require_same
 
 # Where timm's own keys are found in our models.
 _TIMM_PREFIX = "backbone.net."
+# How long a server may take to answer.
+_DOWNLOAD_SECONDS = 15
 
 
 class Checkpointer(DetectionCheckpointer):
@@ -100,6 +105,8 @@ class Checkpointer(DetectionCheckpointer):
             check_weights_exist(path)
         # An earlier call that failed must not stand in the way of this one.
         self._parsed_url_during_load = None
+        if "://" in path:
+            _download(path, self.path_manager)
         return super().load(path, checkpointables)
 
     def resume_or_load(self, path: str, *, resume: bool = True, strict: bool = False):
@@ -255,6 +262,22 @@ def replacing(path: str) -> Iterator[IO[bytes]]:
         with suppress(OSError):
             os.remove(f"{path}.tmp")
         raise
+
+
+def _download(path: str, path_manager: PathManager) -> None:
+    """Get a file that is elsewhere into the cache, or say in seconds that it cannot be had."""
+    before = socket.getdefaulttimeout()
+    # Else a network that answers nothing is waited for as long as the system's TCP does.
+    socket.setdefaulttimeout(_DOWNLOAD_SECONDS)
+    try:
+        path_manager.get_local_path(urlparse(path)._replace(query="").geturl())
+    except (OSError, http.client.HTTPException) as error:
+        raise InputError(
+            f"MODEL.WEIGHTS: {path}: cannot be downloaded ({error}), expected a file that can, or "
+            f"one that is here"
+        ) from error
+    finally:
+        socket.setdefaulttimeout(before)
 
 
 def check_weights_exist(path: str) -> None:

@@ -13,8 +13,8 @@ from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.utils.file_io import PathManager
 
-from ..config_files import read_config
 from ..data.augmentation import CROP_TYPES
+from ..data.classes import Classes
 from ..data.datasets import check_registered, load_records
 from ..errors import InputError
 from .class_names import check_data_sets
@@ -22,16 +22,20 @@ from .config_table import METADATA as _METADATA
 from .config_table import REMOVED, TABLE, Rule, rule_of
 
 
-def merge_file(cfg: CfgNode, path: str) -> None:
+def merge_file(cfg: CfgNode, path: str, older: bool = False) -> None:
     """Put the values of a YAML file, and of those that it is based on, into a config.
+
+    Args:
+        cfg: that gets them.
+        path: of the file.
+        older: pass over keys that there were once, for the config of an older run.
 
     Raises:
         InputError: naming the file, the key, its value and what was expected.
     """
     try:
-        values = read_config(path)
-    except InputError as error:
-        raise InputError(f"{path}: _BASE_: {error}") from error
+        # Detectron2's own default lets a file run code.
+        values = CfgNode.load_yaml_with_base(path, allow_unsafe=False)
     except OSError as error:
         raise InputError(f"{path}: {error.filename}: {error.strerror}") from error
     except RecursionError as error:
@@ -47,7 +51,7 @@ def merge_file(cfg: CfgNode, path: str) -> None:
         raise InputError(
             f"{path}: cannot be read as a config of KEY: VALUE ({' '.join(str(error).split())})"
         ) from error
-    _merge(cfg, values, path)
+    _merge(cfg, values, path, older=older)
 
 
 def merge_options(cfg: CfgNode, options: Sequence) -> None:
@@ -65,7 +69,7 @@ def merge_options(cfg: CfgNode, options: Sequence) -> None:
         raise InputError(f"{where}: {key} has no value, expected KEY VALUE pairs")
 
 
-def _merge(cfg: CfgNode, values: object, where: str, prefix: str = "") -> None:
+def _merge(cfg: CfgNode, values: object, where: str, prefix: str = "", older: bool = False) -> None:
     """Put nested values below ``prefix`` into a config."""
     if not isinstance(values, Mapping):
         name = prefix.rstrip(".") or "the file"
@@ -73,8 +77,10 @@ def _merge(cfg: CfgNode, values: object, where: str, prefix: str = "") -> None:
     known = dict(_leaves(cfg))
     for name, value in values.items():
         key = f"{prefix}{name}"
+        if older and key in REMOVED:
+            continue
         if isinstance(_find(cfg, key, where, known), CfgNode):
-            _merge(cfg, value, where, f"{key}.")
+            _merge(cfg, value, where, f"{key}.", older)
         else:
             _set(cfg, key, value, where, known)
 
@@ -185,7 +191,11 @@ def check_values(cfg: CfgNode) -> None:
 
 
 def check_config(
-    cfg: CfgNode, num_gpus: int = 1, num_machines: int = 1, train: bool = True
+    cfg: CfgNode,
+    num_gpus: int = 1,
+    num_machines: int = 1,
+    train: bool = True,
+    output: bool = True,
 ) -> None:
     """Raise an :class:`InputError` for what would go wrong later.
 
@@ -194,6 +204,7 @@ def check_config(
         num_gpus: number of processes on this machine.
         num_machines: number of machines.
         train: whether the training set is used.
+        output: whether ``OUTPUT_DIR`` is written to.
     """
     check_values(cfg)
     _check_device(cfg.MODEL.DEVICE, num_gpus)
@@ -209,7 +220,8 @@ def check_config(
         _check_memory_init(cfg.MODEL.MCIBI.MEMORY)
     check_metadata(cfg, train)
     _check_files(cfg, train)
-    _check_output(cfg.OUTPUT_DIR)
+    if output:
+        _check_output(cfg.OUTPUT_DIR)
 
 
 def _check_schedule(solver: CfgNode) -> None:
@@ -351,19 +363,17 @@ def check_metadata(cfg: CfgNode, train: bool = True) -> None:
         raise InputError("DATASETS.TRAIN is (), expected the name of a data set")
     for name in (*(cfg.DATASETS.TRAIN if train else ()), *cfg.DATASETS.TEST):
         check_registered(name, "DATASETS")
-        metadata, head = MetadataCatalog.get(name), cfg.MODEL.SEM_SEG_HEAD
-        if metadata.get("stuff_classes") is None:
-            raise InputError(
-                f"data set {name} has no stuff_classes in its metadata, expected class names"
-            )
+        metadata, ignored = MetadataCatalog.get(name), cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE
         for key, rule in _METADATA.items():
             if metadata.get(key) is not None:
                 _require(f"{key} in the metadata of data set {name}", metadata.get(key), rule)
+        label = Classes.of(metadata).ignore_label
         check_number_of_classes(cfg, name)
-        if metadata.get("ignore_label", head.IGNORE_VALUE) != head.IGNORE_VALUE:
+        if label != ignored:
+            default = metadata.get("ignore_label") is None
             raise InputError(
-                f"MODEL.SEM_SEG_HEAD.IGNORE_VALUE is {head.IGNORE_VALUE}, but {name} ignores "
-                f"{metadata.ignore_label}"
+                f"MODEL.SEM_SEG_HEAD.IGNORE_VALUE is {ignored}, but {name} ignores {label}"
+                + " (it has no ignore_label in its metadata)" * default
             )
     check_data_sets(cfg)
 

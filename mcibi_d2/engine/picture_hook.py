@@ -5,7 +5,6 @@ import os
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog
 from detectron2.engine import HookBase
 from detectron2.evaluation import inference_context
 from matplotlib.figure import Figure
@@ -13,9 +12,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..data import SemSegMapper, read_image
+from ..data.classes import Classes
 from ..data.datasets import load_records
 from ..data.labels import read_labels
-from ..data.own import palette
 from ..evaluation import MemoryContents
 from ..modeling.segmentor import labels_only
 from ..visualization import comparison_sheet, cosines_figure, norms_figure, png, rgb
@@ -59,9 +58,9 @@ class PictureHook(HookBase):
     def _draw(self) -> None:
         model = self.trainer.model
         model = model.module if isinstance(model, DistributedDataParallel) else model
-        metadata = MetadataCatalog.get(self.cfg.DATASETS.TEST[0])
         for memory in find_memories(model):
-            contents, names = MemoryContents.of(memory), metadata.stuff_classes
+            contents = MemoryContents.of(memory)
+            names = Classes.of(self.cfg.DATASETS.TEST[0]).names
             if contents.initialized.any():
                 cosines, norms = contents.cosines().numpy(), contents.norms().numpy()
                 self._show("memory/cosines", png(cosines_figure(cosines, names)))
@@ -84,7 +83,7 @@ def overlays(cfg: CfgNode, model: nn.Module, count: int) -> Figure:
         count: of the images, which are spread evenly over the set.
     """
     name = cfg.DATASETS.TEST[0]
-    records, metadata = load_records(name), MetadataCatalog.get(name)
+    records, classes = load_records(name), Classes.of(name)
     count = min(count, len(records))
     mapper, rows = SemSegMapper(cfg, False), []
     with inference_context(model), labels_only(model), torch.no_grad():
@@ -98,6 +97,4 @@ def overlays(cfg: CfgNode, model: nn.Module, count: int) -> Figure:
             if label_file:  # evaluators of other projects may do without
                 row["ground truth"] = read_labels(label_file, name)
             rows.append({**row, "prediction": labels.cpu().numpy().astype(np.int64)})
-    # Another project's data set may have no colours.
-    colors = metadata.get("stuff_colors") or palette(len(metadata.stuff_classes))
-    return comparison_sheet(rows, metadata.stuff_classes, colors, opacity=0.7)
+    return comparison_sheet(rows, classes.names, classes.colors, opacity=0.7)

@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..data import build_test_loader, build_train_loader, register_own_dataset
+from ..data.classes import CLASSES_FILE, Classes
 from ..data.loader import move_to_iteration
 from ..errors import InputError
 from ..evaluation import SemanticSegmentorWithTTA, SemSegEvaluator
@@ -127,7 +128,14 @@ class Trainer(DefaultTrainer):
             return super().train()
 
     def before_train(self) -> None:
-        """Put the data in place for the first iteration, then run the hooks."""
+        """Put the data in place for the first iteration, then run the hooks.
+
+        What the classes are goes to ``OUTPUT_DIR/classes.json``, so that the run can be used
+        where its data set is not.
+        """
+        if comm.is_main_process():
+            with replacing(os.path.join(self.cfg.OUTPUT_DIR, CLASSES_FILE)) as file:
+                file.write(Classes.of(self.cfg.DATASETS.TRAIN[0]).dumps())
         self._trainer.seed = self.seed
         move_to_iteration(self._trainer.data_loader, self.cfg, self.seed, self.start_iter)
         try:

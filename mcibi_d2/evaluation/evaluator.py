@@ -15,6 +15,7 @@ from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 from torch import Tensor
 
+from ..data.classes import Classes
 from ..data.datasets import load_records
 from ..data.labels import read_labels
 from ..errors import InputError, sentence
@@ -51,7 +52,7 @@ class SemSegEvaluator(Detectron2SemSegEvaluator):
         title: what reports and result files call the data set; by default its name.
 
     Args:
-        dataset_name: a registered data set with ``stuff_classes`` and ``ignore_label``.
+        dataset_name: a registered data set with ``stuff_classes``.
         distributed: whether to add up the counts of all processes.
         output_dir: where ``sem_seg_evaluation.pth`` and ``.json`` go; None for nowhere.
         boundary_iou: whether ``mBoundaryIoU`` and ``BoundaryIoU-<class>`` are measured too.
@@ -70,12 +71,7 @@ class SemSegEvaluator(Detectron2SemSegEvaluator):
         boundary_iou: bool = False,
         write_predictions: bool = False,
     ):
-        metadata = MetadataCatalog.get(dataset_name)
-        for key in ("stuff_classes", "ignore_label"):
-            if metadata.get(key) is None:
-                raise InputError(
-                    f"data set {dataset_name} has no {key} in its metadata, which evaluation needs"
-                )
+        classes = Classes.of(dataset_name)
         unlabelled = [
             r["file_name"] for r in load_records(dataset_name) if "sem_seg_file_name" not in r
         ]
@@ -86,7 +82,10 @@ class SemSegEvaluator(Detectron2SemSegEvaluator):
             )
         if write_predictions and output_dir is None:
             raise InputError("write_predictions is True and output_dir None, expected a folder")
-        super().__init__(dataset_name, distributed, output_dir)
+        # Detectron2 calls this argument deprecated, and asks metadata for what few have.
+        said = MetadataCatalog.get(dataset_name).get("ignore_label") is not None
+        label = None if said else classes.ignore_label
+        super().__init__(dataset_name, distributed, output_dir, ignore_label=label)
         self.title = dataset_name
         self._compute_boundary_iou = boundary_iou
         self._write_predictions = write_predictions

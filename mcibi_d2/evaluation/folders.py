@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 from detectron2.data import MetadataCatalog
 
+from ..data.classes import Classes, ignore_label
 from ..data.files import LABEL_SUFFIXES, Found, find_files
 from ..data.labels import label_values, read_label_file, read_labels
 from ..errors import InputError
@@ -81,9 +82,9 @@ def read_prediction(path: str | Path, dataset_name: str, pixels: str = "classes"
     metadata = MetadataCatalog.get(dataset_name)
     if pixels == "labels":
         labels = read_labels(str(path), dataset_name)
-        return np.where(labels == metadata.ignore_label, np.int32(-1), labels)
+        return np.where(labels == ignore_label(metadata), np.int32(-1), labels)
     values = read_label_file(str(path), label_values, "prediction")
-    classes = len(metadata.stuff_classes)
+    classes = len(Classes.of(metadata).names)
     low, high = int(values.min()), int(values.max())
     if low < 0 or high >= classes:
         raise InputError(

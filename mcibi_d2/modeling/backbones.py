@@ -1,7 +1,11 @@
 """timm's networks, and Detectron2's dilated ResNet, as backbones."""
 
+import contextlib
 import difflib
 import re
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
 
 import timm
 import torch
@@ -10,6 +14,7 @@ from detectron2.config import configurable
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 from detectron2.utils import comm
+from huggingface_hub import constants as hub
 from timm.layers import (
     AvgPool2dSame,
     convert_sync_batchnorm,
@@ -28,6 +33,8 @@ from .norms import norm_factory
 
 NORMS = ("BN", "SyncBN", "FrozenBN")
 VARIANTS = ("timm", "released")
+# How long timm's hub may take to answer that it is there.
+_HUB_SECONDS = 5
 # Where timm's names of parameters tell their stage, with its number: layer1, stages.0, blocks.0.
 _STAGE = re.compile(r"(?:layers?|stages?|blocks?|transition|s)[._]?(\d+)(?:\.|$)")
 
@@ -406,7 +413,8 @@ def _create(
     if pretrained and not first:
         comm.synchronize()
     try:
-        net = timm.create_model(name, pretrained=pretrained, **options)
+        with _cache_alone_when_offline() if pretrained else contextlib.nullcontext():
+            net = timm.create_model(name, pretrained=pretrained, **options)
     except (OSError, RuntimeError) as error:
         if not pretrained:
             raise
@@ -417,6 +425,27 @@ def _create(
     if pretrained and first:
         comm.synchronize()
     return net
+
+
+@contextlib.contextmanager
+def _cache_alone_when_offline() -> Iterator[None]:
+    """Where the hub cannot be reached, take what was downloaded before, or fail, at once.
+
+    The hub's own library tries again for about a minute before it fails.
+    """
+    try:
+        request = urllib.request.Request(hub.ENDPOINT, method="HEAD")
+        urllib.request.urlopen(request, timeout=_HUB_SECONDS).close()
+    except urllib.error.HTTPError:
+        pass  # which is an answer
+    except (OSError, ValueError):
+        before, hub.HF_HUB_OFFLINE = hub.HF_HUB_OFFLINE, True
+        try:
+            yield
+        finally:
+            hub.HF_HUB_OFFLINE = before
+        return
+    yield
 
 
 def _complete(name: str, options: dict) -> dict:

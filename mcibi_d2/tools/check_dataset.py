@@ -22,9 +22,10 @@ from tqdm import tqdm
 
 from mcibi_d2 import InputError
 from mcibi_d2.data import SemSegMapper
+from mcibi_d2.data.classes import Classes
 from mcibi_d2.data.datasets import SplitFiles, check_registered, load_records, split_files
 from mcibi_d2.data.mapper import fitting_white_level, highest_value
-from mcibi_d2.data.own import left_out, palette
+from mcibi_d2.data.own import left_out
 from mcibi_d2.data.workers import WorkerLoader
 from mcibi_d2.engine import load_config
 from mcibi_d2.tools.command import ToolParser, run_tool
@@ -73,7 +74,7 @@ class _Check(Dataset):
         highest = highest_value(self.records[i]["file_name"])
         if labels is None:
             return np.zeros(count + 1, np.int64), None, highest
-        labels = np.where(labels == metadata.get("ignore_label", 255), count, labels)
+        labels = np.where(labels == Classes.of(metadata).ignore_label, count, labels)
         return np.bincount(labels.reshape(-1), minlength=count + 1), None, highest
 
 
@@ -123,10 +124,7 @@ def check(name: str, workers: int, folder: Path, white_level: int | None = None)
     """
     files = _files(name)
     metadata = MetadataCatalog.get(name)
-    if metadata.get("stuff_classes") is None:
-        raise InputError(
-            f"data set {name} has no stuff_classes in its metadata, expected class names"
-        )
+    Classes.of(metadata)  # or say that they are missing
     problems = _unpaired(files)
     problems += left_out(name)
     pairs = files.images.keys() - set(files.unlabeled())
@@ -189,9 +187,10 @@ def _count_sentence(count: int, metadata: Metadata) -> str:
 
 
 def _class_table(metadata: Metadata, pixels: np.ndarray, images: np.ndarray, read: int) -> str:
-    values = metadata.get("label_ids") or range(len(metadata.stuff_classes))
-    names = [*metadata.stuff_classes, "(no ground truth)"]
-    ignore_label = metadata.get("ignore_label", 255)
+    classes = Classes.of(metadata)
+    values = metadata.get("label_ids") or range(len(classes.names))
+    names = [*classes.names, "(no ground truth)"]
+    ignore_label = classes.ignore_label
     ignored = metadata.get("label_ignored") or [ignore_label]
     shown = [*values, f"{ignored[0]}{', ...' * (len(ignored) > 1)}"]
     total, rows = max(1, pixels.sum()), []
@@ -233,8 +232,7 @@ def _sheet(data: _Check, readable: list[int], metadata: Metadata) -> Figure:
     places = np.linspace(0, len(readable) - 1, min(PICTURES, len(readable))).round().astype(int)
     chosen = [readable[i] for i in dict.fromkeys(places.tolist())]
     rows = []
-    # Detectron2's ADE20K has none.
-    colors = metadata.get("stuff_colors") or palette(len(metadata.stuff_classes))
+    classes = Classes.of(metadata)
     for i in chosen:
         image, labels = data.read(i)
         scale = PICTURE_SIDE / max(image.shape[:2])
@@ -243,10 +241,10 @@ def _sheet(data: _Check, readable: list[int], metadata: Metadata) -> Figure:
         row = {"image": image}
         if labels is not None:
             labels = cv2.resize(labels.astype(np.int32), size, interpolation=cv2.INTER_NEAREST)
-            row["both"] = blend(image, labels, colors)
+            row["both"] = blend(image, labels, classes.colors)
             row["labels"] = labels
         rows.append(row)
-    sheet = comparison_sheet(rows, metadata.stuff_classes, colors)
+    sheet = comparison_sheet(rows, classes.names, classes.colors)
     for axis, i in zip(sheet.axes[:: len(rows[0])], chosen, strict=True):
         axis.text(
             0.01, 0.02, os.path.basename(data.records[i]["file_name"]), transform=axis.transAxes,

@@ -19,9 +19,9 @@ from tqdm import tqdm
 import mcibi_d2  # noqa: F401  registers the data sets
 from mcibi_d2 import InputError
 from mcibi_d2.data import read_image
+from mcibi_d2.data.classes import Classes
 from mcibi_d2.data.datasets import check_registered
 from mcibi_d2.data.labels import read_labels
-from mcibi_d2.data.own import palette
 from mcibi_d2.evaluation import Results, read_results
 from mcibi_d2.evaluation.folders import find_predictions, image_name, read_prediction
 from mcibi_d2.evaluation.results import MEASURES, find_result_file, show
@@ -108,7 +108,7 @@ def find_disagreements(
     found: list[tuple[float, int]] = []
     for number, record in enumerate(tqdm(records, desc="Comparing", unit="image")):
         one, other, truth = _read(record, dataset, folders, predictions)
-        labelled = truth != MetadataCatalog.get(dataset).ignore_label
+        labelled = truth != Classes.of(dataset).ignore_label
         share = (one != other)[labelled].mean() if labelled.any() else 0.0
         # Of equal shares the first image comes first.
         heapq.heappush(found, (float(share), -number))
@@ -159,11 +159,9 @@ def write_pictures(
         titles = ("image", "ground truth", f"A: {names[0]}", f"B: {names[1]}")
         rows.append(dict(zip(titles, (image, truth, one, other), strict=True)))
         print(f"{record['file_name']}: {100 * share:.1f} % of its pixels differ")
-    metadata = MetadataCatalog.get(dataset)
-    # Detectron2's own data sets have no colors.
-    colors = metadata.get("stuff_colors") or palette(len(metadata.stuff_classes))
+    classes = Classes.of(dataset)
     path.parent.mkdir(parents=True, exist_ok=True)
-    comparison_sheet(rows, metadata.stuff_classes, colors).savefig(path, dpi=150)
+    comparison_sheet(rows, classes.names, classes.colors).savefig(path, dpi=150)
     print(f"Look at {path}.")
 
 
@@ -209,7 +207,7 @@ def main() -> None:
     if not dataset:
         raise InputError("the result files do not name their data set, expected --dataset NAME")
     check_registered(dataset, "--dataset")
-    if MetadataCatalog.get(dataset).get("stuff_classes") != a.classes:
+    if Classes.of(dataset).names != a.classes:
         raise InputError(f"--dataset {dataset}: has other classes than the result files")
     write_pictures(dataset, tuple(args.predictions), names, args.pictures, args.output)
 

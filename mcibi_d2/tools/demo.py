@@ -13,7 +13,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -26,7 +26,7 @@ from mcibi_d2 import InputError
 from mcibi_d2.data import read_image
 from mcibi_d2.data.files import IMAGE_SUFFIXES, find_files
 from mcibi_d2.engine import load_config
-from mcibi_d2.predict import Predictor
+from mcibi_d2.predict import MOST_PIXELS, Predictor
 from mcibi_d2.tools.command import ToolParser, run_tool
 from mcibi_d2.visualization import with_legend, write_picture
 
@@ -112,21 +112,30 @@ class Demo:
         self.clock = Clock()
         self.frames = 0
         self.problems: list[str] = []
-        metadata = predictor.metadata
-        self._names = metadata.stuff_classes
-        self._colors = [color[::-1] for color in metadata.stuff_colors]
+        self._waiting: list[tuple[str, np.ndarray]] = []
+        self._names = predictor.classes.names
+        self._colors = [color[::-1] for color in predictor.classes.colors]
 
-    def segment(self, image: np.ndarray, fixed_size: bool) -> tuple[np.ndarray, ...]:
-        """Picture with legend, label map and confidence (0..255) of a BGR image."""
+    def segment(
+        self, images: list[np.ndarray], fixed_size: bool
+    ) -> Iterator[tuple[np.ndarray, ...]]:
+        """Picture with legend, label map and confidence (0..255) of each of some BGR images."""
         with self.clock("model"):
-            labels, scores = self.predictor.predict(image)
-        with self.clock("draw and write"):
-            picture = self.predictor.draw(image, labels, self.opacity)
-            picture = with_legend(picture, labels, self._names, self._colors, fixed_size)
-            confidence = np.nan_to_num(scores * 255).round().astype(np.uint8)
-        self.frames += 1
-        # PNG has no 32 bits.
-        return picture, labels if labels.dtype == np.uint8 else labels.astype(np.uint16), confidence
+            found = self.predictor.predict(images)
+        for image, (labels, scores) in zip(images, found, strict=True):
+            with self.clock("draw and write"):
+                picture = self.predictor.draw(image, labels, self.opacity)
+                picture = with_legend(picture, labels, self._names, self._colors, fixed_size)
+                confidence = np.nan_to_num(scores * 255).round().astype(np.uint8)
+            self.frames += 1
+            # PNG has no 32 bits.
+            labels = labels if labels.dtype == np.uint8 else labels.astype(np.uint16)
+            yield picture, labels, confidence
+
+    def _enough(self, images: Sequence[np.ndarray]) -> bool:
+        """Whether there are enough images to be segmented together."""
+        pixels = sum(image.shape[0] * image.shape[1] for image in images)
+        return len(images) >= self.predictor.batch_size or pixels >= MOST_PIXELS
 
     def write(self, name: str, picture: np.ndarray) -> None:
         """Write a picture to a file of the output folder."""
@@ -138,20 +147,28 @@ class Demo:
             raise InputError(f"{path}: cannot be written ({error.strerror or error})") from error
 
     def image(self, path: Path, name: str) -> None:
-        """Segment an image file."""
+        """Read an image file; it is segmented when there are enough, or by :meth:`flush`."""
         try:
             with self.clock("read"):
                 image = read_image(str(path), "BGR", white_level=self.predictor.white_level)
         except InputError as error:
             self.problems.append(f"skipped {error}")
             return
-        picture, labels, confidence = self.segment(image, fixed_size=False)
-        with self.clock("draw and write"):
-            self.write(f"{name}.jpg", picture)
-            if self.labels:
-                self.write(f"{name}_labels.png", labels)
-            if self.confidence:
-                self.write(f"{name}_confidence.png", confidence)
+        self._waiting.append((name, image))
+        if self._enough([image for _, image in self._waiting]):
+            self.flush()
+
+    def flush(self) -> None:
+        """Segment the image files that were read."""
+        waiting, self._waiting = self._waiting, []
+        results = self.segment([image for _, image in waiting], fixed_size=False)
+        for (name, _), (picture, labels, confidence) in zip(waiting, results, strict=True):
+            with self.clock("draw and write"):
+                self.write(f"{name}.jpg", picture)
+                if self.labels:
+                    self.write(f"{name}_labels.png", labels)
+                if self.confidence:
+                    self.write(f"{name}_confidence.png", confidence)
 
     def video(self, source: str | int, name: str, most: int) -> None:
         """Segment a video file or what a webcam sees, up to ``most`` frames (0: all).
@@ -175,24 +192,30 @@ class Demo:
         rate = capture.get(cv2.CAP_PROP_FPS) or 25
         total = min(said, most) if said and most else said or most
         writers: dict[str, VideoFile] = {}
-        done = 0
+        done, there = 0, True
         try:
             with tqdm(total=total or None, desc=name, unit="frame") as bar:
-                while not most or done < most:
-                    with self.clock("read"):
-                        there, image = capture.read()
-                    if not there:
-                        break
-                    picture, labels, confidence = self.segment(image, fixed_size=True)
-                    with self.clock("draw and write"):
-                        self._append(writers, name, rate, picture)
-                        if self.labels:
-                            self.write(f"{name}_labels/{done:06d}.png", labels)
-                        if self.confidence:
-                            shown = cv2.cvtColor(confidence, cv2.COLOR_GRAY2BGR)
-                            self._append(writers, f"{name}_confidence", rate, shown)
-                    done += 1
-                    bar.update()
+                while there and (not most or done < most):
+                    frames: list[np.ndarray] = []
+                    # What a webcam sees is shown at once.
+                    while not (frames and (webcam or self._enough(frames))):
+                        if most and done + len(frames) == most:
+                            break
+                        with self.clock("read"):
+                            there, frame = capture.read()
+                        if not there:
+                            break
+                        frames.append(frame)
+                    for picture, labels, confidence in self.segment(frames, fixed_size=True):
+                        with self.clock("draw and write"):
+                            self._append(writers, name, rate, picture)
+                            if self.labels:
+                                self.write(f"{name}_labels/{done:06d}.png", labels)
+                            if self.confidence:
+                                shown = cv2.cvtColor(confidence, cv2.COLOR_GRAY2BGR)
+                                self._append(writers, f"{name}_confidence", rate, shown)
+                        done += 1
+                        bar.update()
         except KeyboardInterrupt:
             self.problems.append(f"{source}: stopped after {done} frames")
             if not webcam:
@@ -333,6 +356,10 @@ def make_parser() -> ToolParser:
         help="of each video or webcam (0: until it ends, or Ctrl-C)",
     )
     parser.add_argument(
+        "--batch", type=int, default=8, metavar="N",
+        help="pictures of one size, or frames, that are run together (8)",
+    )  # fmt: skip
+    parser.add_argument(
         "--force", action="store_true", help="write into a folder that holds files already"
     )
     parser.add_opts()
@@ -344,10 +371,12 @@ def main() -> None:
     args = make_parser().parse_args()
     if not 0 <= args.opacity <= 1:
         raise InputError(f"--opacity is {args.opacity}, expected 0 to 1")
+    if args.batch < 1:
+        raise InputError(f"--batch is {args.batch}, expected 1 or more")
     if args.frames < 0:
         raise InputError(f"--frames is {args.frames}, expected 0 or more")
     inputs, links = find_inputs(args.input)
-    predictor = Predictor(load_config(args.config_file, args.opts))
+    predictor = Predictor(load_config(args.config_file, args.opts), batch_size=args.batch)
     check_output(args.output, args.force)
     demo = Demo(predictor, args.output, args.labels, args.confidence, args.opacity)
     demo.problems += links
@@ -359,9 +388,11 @@ def main() -> None:
                     demo.image(source, name)
                     bar.update()
                 else:
+                    demo.flush()
                     demo.video(
                         source if isinstance(source, int) else str(source), name, args.frames
                     )
+            demo.flush()
     except KeyboardInterrupt:
         demo.problems.append("stopped by Ctrl-C")
     for problem in demo.problems:

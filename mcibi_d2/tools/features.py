@@ -15,12 +15,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from detectron2.data import MetadataCatalog
 from tabulate import tabulate
 from tqdm import tqdm
 
 from mcibi_d2 import InputError
 from mcibi_d2.data import build_labelled_loader
+from mcibi_d2.data.classes import Classes
 from mcibi_d2.engine import load_config
 from mcibi_d2.evaluation import class_features, separation
 from mcibi_d2.predict import Predictor
@@ -125,9 +125,9 @@ def main() -> None:
             lines, headers=["", "points", "silhouette", "pure neighbours"], disable_numparse=True
         )
     )
-    metadata = MetadataCatalog.get(dataset)
+    classes = Classes.of(dataset)
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    figure = embedding_figure(panels, metadata.stuff_classes, metadata.stuff_colors)
+    figure = embedding_figure(panels, classes.names, classes.colors)
     figure.savefig(args.output, dpi=150)
     print(f"Look at {args.output}.")
 
