@@ -20,6 +20,7 @@ from mcibi_d2.data.augmentation import (
 from mcibi_d2.engine import Checkpointer, Trainer, load_config
 from mcibi_d2.engine.config_table import TABLE
 from mcibi_d2.modeling import MCIBISegmentor
+from mcibi_d2.tools.config_keys import keys_document
 
 FOLDER = ROOT / "configs"
 CONFIGS = sorted(FOLDER.rglob("*.yaml"))
@@ -306,6 +307,11 @@ def test_every_key_has_a_rule():
     read = {key for key in ours if key.startswith(tuple(f"{name}." for name in SECTIONS))}
     assert (added | read) - TABLE.keys() == set()
     assert TABLE.keys() - ours.keys() == set()
+
+
+def test_the_list_of_keys_is_up_to_date():
+    """If not: python -m mcibi_d2.tools.config_keys > configs/KEYS.md."""
+    assert (FOLDER / "KEYS.md").read_text() == keys_document()
 
 
 def test_unknown_key_of_a_file_names_file_and_neighbour(tmp_path):
