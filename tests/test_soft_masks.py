@@ -85,6 +85,7 @@ SOFT = {
     "antialiased": ([0, 255], smaller, False),
     "enlarged": ([0, 255], enlarged, False),
     "blurred": ([0, 255], blurred, False),
+    "JPEG 98": ([0, 255], jpeg(98), False),
     "JPEG 95": ([0, 255], jpeg(95), False),
     "JPEG 75": ([0, 255], jpeg(75), False),
     "JPEG 40": ([0, 255], jpeg(40), False),

@@ -333,17 +333,29 @@ def soft_values(pixels: Counter, thin: Counter, between: Counter, rest: np.ndarr
         len(solid) < 2
         or len(lines) + rest[0] < 2
         or not 10 <= at_borders < 0.75 * total
-        or rising < 0.2 * at_borders
+        or (rising < 0.2 * at_borders and not _are_noise(lines, solid))
     ):
         return None
     meant: list = []
     for value in sorted(solid, key=lambda value: -pixels[value]):
         # Compression leaves areas beside those of what is meant.
+        far, near = (64, 16) if isinstance(value, tuple) else (8, 4)
         if not any(
-            _distance(value, m) <= (8 if pixels[value] < 0.1 * pixels[m] else 4) for m in meant
+            _distance(value, m) <= (far if pixels[value] < 0.1 * pixels[m] else near)
+            for m in meant
         ):
             meant.append(value)
     return sorted(meant) if len(meant) > 1 else None
+
+
+def _are_noise(lines: list, solid: list) -> bool:
+    """Whether all lines are close to areas that are far from each other, and to several of them."""
+    most, least = max(solid), min(solid)
+    close = {
+        next((value for value in (least, most) if _distance(line, value) <= 8), None)
+        for line in lines
+    }
+    return _distance(most, least) >= 64 and close == {least, most}
 
 
 def _distance(one, other) -> int:
