@@ -341,8 +341,7 @@ def soft_values(pixels: Counter, thin: Counter, between: Counter, rest: np.ndarr
         # Compression leaves areas beside those of what is meant.
         far, near = (64, 16) if isinstance(value, tuple) else (8, 4)
         if not any(
-            _distance(value, m) <= (far if pixels[value] < 0.1 * pixels[m] else near)
-            for m in meant
+            _distance(value, m) <= (far if pixels[value] < 0.1 * pixels[m] else near) for m in meant
         ):
             meant.append(value)
     return sorted(meant) if len(meant) > 1 else None
