@@ -619,3 +619,20 @@ def test_found_suffix_is_said_and_written_and_trained_with(one, tmp_path, argv, 
     assert (tmp_path / "mine.yaml").read_text() == before
     with pytest.raises(SystemExit, match="labels end in '_gt'"):
         init(*folders, *output, "--force", "--label-suffix", "_gt")
+
+
+def test_links_are_followed_and_those_that_are_not_are_named(tmp_path, argv, capsys):
+    write_images(tmp_path / "far")
+    write_labels(tmp_path / "labels/more", [0, 1, 2])
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images/more").symlink_to(tmp_path / "far")
+    (tmp_path / "images/loop").symlink_to("..")
+    init(tmp_path / "images", tmp_path / "labels", "--output", tmp_path / "mine.yaml")
+    said = capsys.readouterr().out
+    assert "5 images of 24 x 32" in said
+    assert re.search(r"Not followed: 1\n.*images/loop: a link to a folder that it is in", said)
+    load_config(str(tmp_path / "mine.yaml"))
+    assert not check_dataset.check("mine_train", 0, tmp_path / "out")
+    assert "images/loop: a link to a folder" in (
+        tmp_path / "out/mine_train_problems.txt"
+    ).read_text()  # fmt: skip

@@ -345,3 +345,17 @@ def test_photographs_in_gray_are_no_labels(tmp_path):
             photo.save(tmp_path / f"{name}/{i}.png")
     with pytest.raises(SystemExit, match="nearly all of them in no area of their own: photographs"):
         init(tmp_path)
+
+
+def test_one_value_at_borders_may_be_a_class_and_is_said(tmp_path, capsys):
+    for name in ("images", "labels"):
+        (tmp_path / name).mkdir()
+    for i in range(COUNT):
+        ids = np.zeros(SIZE[::-1], np.uint8)
+        ids[9:40, 10 + i : 50] = 255
+        ids[9:40, 10 + i] = 128
+        Image.new("RGB", SIZE).save(tmp_path / f"images/{i}.png")
+        Image.fromarray(ids).save(tmp_path / f"labels/{i}.png")
+    assert init(tmp_path).LABEL_IDS == [0, 128, 255]
+    assert "128 is found at borders alone, between other values" in capsys.readouterr().out
+    assert init(tmp_path, "--nearest").LABEL_IDS == [0, 255]

@@ -11,7 +11,7 @@ import re
 import statistics
 import tempfile
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -90,6 +90,8 @@ class _Labels:
     soft: list | None = None
     # Highest value of images of 16 bits.
     highest: int = 0
+    # What is nowhere but between others, and may be a class of borders all the same.
+    doubtful: Sequence = ()
 
 
 def _read(pair: Pair, how: str = "exact") -> _Label | str:
@@ -288,8 +290,11 @@ def scan(
     labels = _Labels(form, pixels, files, in_color, dict(meanings))
     labels.highest = max(label.highest for label in good.values())
     if how == "nearest":
-        meant = soft_values(pixels, thin, between, rest)
+        meant = soft_values(pixels, thin, between, rest, fewest=1)
         _take_nearest(labels, _parse(named, labels, "--nearest") if named else meant)
+    elif how == "exact":
+        meant = soft_values(pixels, thin, between, rest, fewest=1)
+        labels.doubtful = sorted(set(pixels) - set(meant or pixels))
     elif how == "threshold":
         _take_sides(labels, threshold)
     return labels, sizes, wrong
@@ -306,7 +311,9 @@ def _by_palette(counts: dict, palette: dict[int, Color]) -> Counter:
     return of_colors
 
 
-def soft_values(pixels: Counter, thin: Counter, between: Counter, rest: np.ndarray) -> list | None:
+def soft_values(
+    pixels: Counter, thin: Counter, between: Counter, rest: np.ndarray, fewest: int = 2
+) -> list | None:
     """Of soft labels, the values that the others lie between; None of others.
 
     Classes are areas: nearly all pixels of a value lie in blocks of it, and where two meet there is
@@ -318,6 +325,7 @@ def soft_values(pixels: Counter, thin: Counter, between: Counter, rest: np.ndarr
         thin: those that lie in no block of 2 x 2 pixels of their value.
         between: those whose value is between those of the pixels on both sides.
         rest: number of further values, and these three of all of them.
+        fewest: values that lie between. One alone may be a class of borders.
     """
     lines = [value for value in pixels if 2 * thin[value] > pixels[value]]
     solid = [value for value in pixels if 2 * thin[value] <= pixels[value]]
@@ -331,7 +339,7 @@ def soft_values(pixels: Counter, thin: Counter, between: Counter, rest: np.ndarr
     rising = sum(between[value] for value in lines) + rest[3]
     if (
         len(solid) < 2
-        or len(lines) + rest[0] < 2
+        or len(lines) + rest[0] < fewest
         or not 10 <= at_borders < 0.75 * total
         or (rising < 0.2 * at_borders and not _are_noise(lines, solid))
     ):
@@ -764,6 +772,11 @@ def init_dataset(args: argparse.Namespace) -> None:
     if args.ignore is not None:
         ignored, why = _parse(args.ignore, labels), []
     said += why
+    said += [
+        f"{_text(value)} is found at borders alone, between other values; if it is no class, but "
+        f"comes from smoothing or resizing, run this again with --nearest."
+        for value in labels.doubtful
+    ]
     if labels.soft:
         values = ", ".join(map(_text, labels.soft))
         said.append(
