@@ -194,6 +194,9 @@ def add_mcibi_config(cfg: CN) -> None:
     # Of images of 16 bits, the value that becomes 255, such as 4095 where a camera has 12 bits; 0:
     # 65535. `init_dataset` writes it where values are far below.
     cfg.INPUT.WHITE_LEVEL = 0
+    # Images of more pixels (height times width) are refused, in training and testing: a small file
+    # may hold more than the memory. The default is what Pillow refuses. 0: no limit.
+    cfg.INPUT.MAX_PIXELS = 178_956_970
 
     # --- Your own data set (mcibi_d2/data/own.py): `python -m mcibi_d2.tools.init_dataset` writes
     # these keys. Paths are absolute, begin with ~, or are below DETECTRON2_DATASETS.

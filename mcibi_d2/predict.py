@@ -89,6 +89,7 @@ class Predictor:
         metadata: of the data set whose classes the model has, for Detectron2's ``Visualizer``.
         model: in evaluation mode.
         white_level: of the config, for :func:`mcibi_d2.data.read_image`.
+        max_pixels: of the config, for the same.
 
     Args:
         cfg: with ``MODEL.WEIGHTS``. The first of ``DATASETS.TEST`` (else of ``DATASETS.TRAIN``)
@@ -143,6 +144,7 @@ class Predictor:
         self.model = load_model(cfg, classes.names if classes.named else [])
         self._augmentations = T.AugmentationList(build_test_augmentation(cfg))
         self.white_level = cfg.INPUT.WHITE_LEVEL
+        self.max_pixels = cfg.INPUT.MAX_PIXELS
         self._rgb = cfg.INPUT.FORMAT == "RGB"
 
     @classmethod
@@ -250,7 +252,9 @@ class Predictor:
         """
         what = "image" if number is None else f"image {number} of the list"
         if isinstance(image, str | PathLike):
-            return read_image(str(image), "BGR", white_level=self.white_level)
+            return read_image(
+                str(image), "BGR", white_level=self.white_level, max_pixels=self.max_pixels
+            )
         if isinstance(image, Image.Image):
             try:
                 return image_array(image, "BGR", white_level=self.white_level)

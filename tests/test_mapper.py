@@ -8,6 +8,7 @@ from PIL import Image
 
 from mcibi_d2 import InputError
 from mcibi_d2.data import SemSegMapper, read_image
+from mcibi_d2.data.image_file import MAX_PIXELS
 from mcibi_d2.data.labels import read_labels
 
 ORIENTATION = 0x0112
@@ -219,3 +220,44 @@ def test_real_lip_grayscale_file(real_data):
     assert Image.open(path).mode == "L"
     array = read_image(str(path), "RGB")
     assert array.shape == (377, 130, 3) and (array == array[..., :1]).all()
+
+
+def write_larger_than(path, pixels):
+    """A file of a few bytes whose image is large."""
+    Image.new("1", (pixels // 10 + 1, 10)).save(path)
+
+
+@pytest.mark.parametrize("pillows", [None, 10, 89478485])
+def test_images_above_max_pixels_are_refused(tmp_path, monkeypatch, pillows):
+    """By our limit alone, from the header, and Pillow's own stays as it was."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", pillows)
+    write_larger_than(tmp_path / "x.png", 1000)
+    with pytest.raises(InputError) as error:
+        read_image(str(tmp_path / "x.png"), "RGB", max_pixels=1000)
+    assert str(error.value) == (
+        f"{tmp_path / 'x.png'}: 101 x 10 (width x height) are 1010 pixels, expected at most "
+        f"INPUT.MAX_PIXELS 1000 (0: no limit)"
+    )
+    for most in (0, 1010, MAX_PIXELS):
+        assert read_image(str(tmp_path / "x.png"), "RGB", max_pixels=most).shape == (10, 101, 3)
+    assert pillows == Image.MAX_IMAGE_PIXELS
+
+
+def test_default_is_pillows_limit_for_images_and_labels(tmp_path, recwarn):
+    write_larger_than(tmp_path / "large.png", MAX_PIXELS)
+    with pytest.raises(InputError, match=r"large\.png: .* at most INPUT\.MAX_PIXELS 178956970"):
+        read_image(str(tmp_path / "large.png"), "RGB")
+    with pytest.raises(InputError, match=r"large\.png: .* at most INPUT\.MAX_PIXELS 178956970"):
+        read_labels(str(tmp_path / "large.png"), "scenes_val")
+    assert not [w for w in recwarn if issubclass(w.category, Image.DecompressionBombWarning)]
+
+
+def test_max_pixels_is_of_the_config(tmp_path):
+    tiny_cfg = make_tiny_cfg(tmp_path)
+    write_larger_than(tmp_path / "x.png", 1000)
+    record = {"file_name": str(tmp_path / "x.png")}
+    tiny_cfg.INPUT.MAX_PIXELS = 1000
+    with pytest.raises(InputError, match="INPUT.MAX_PIXELS 1000"):
+        SemSegMapper(tiny_cfg, False)(record)
+    tiny_cfg.INPUT.MAX_PIXELS = 0
+    assert SemSegMapper(tiny_cfg, False)(record)["width"] == 101

@@ -1,5 +1,6 @@
 """Label files to class ids, the same way in training and in evaluation."""
 
+import math
 from collections.abc import Callable
 from functools import cache
 
@@ -10,12 +11,16 @@ from PIL import Image
 
 from ..errors import InputError
 from .classes import class_names, ignore_label
+from .image_file import MAX_PIXELS, open_image
 
 _INVALID = np.iinfo(np.int32).min
 
 
 def read_labels(
-    file_name: str, dataset_name: str, size: tuple[int, int] | None = None
+    file_name: str,
+    dataset_name: str,
+    size: tuple[int, int] | None = None,
+    max_pixels: int = MAX_PIXELS,
 ) -> np.ndarray:
     """Read a label file as class ids.
 
@@ -34,6 +39,7 @@ def read_labels(
             brightness.
         dataset_name: a registered data set.
         size: expected (height, width).
+        max_pixels: a larger file is refused, unless it has this size; 0: none is.
 
     Returns:
         (height, width) int32: class ids and the metadata's ``ignore_label``.
@@ -45,7 +51,10 @@ def read_labels(
     metadata = MetadataCatalog.get(dataset_name)
     colors, threshold = metadata.get("label_colors"), metadata.get("label_threshold", 0)
     of_image = label_values if colors is None else label_colors
-    values = read_label_file(file_name, label_brightness if threshold else of_image)
+    if size is not None and max_pixels:
+        max_pixels = max(max_pixels, math.prod(size))
+    of_image = label_brightness if threshold else of_image
+    values = read_label_file(file_name, of_image, max_pixels=max_pixels)
     if size is not None and values.shape != tuple(size):
         raise InputError(
             f"{file_name}: labels of {values.shape[0]} x {values.shape[1]} (height x width), "
@@ -77,7 +86,10 @@ def read_labels(
 
 
 def read_label_file(
-    file_name: str, of_image: Callable[[Image.Image], np.ndarray], kind: str = "label image"
+    file_name: str,
+    of_image: Callable[[Image.Image], np.ndarray],
+    kind: str = "label image",
+    max_pixels: int = MAX_PIXELS,
 ) -> np.ndarray:
     """The values of a label file, an image or a NumPy file, as they are stored.
 
@@ -85,6 +97,7 @@ def read_label_file(
         file_name: of the file.
         of_image: such as :func:`label_values`, what an image holds.
         kind: how an error calls the file.
+        max_pixels: a larger image is refused; 0: none is.
 
     Returns:
         (height, width) integers.
@@ -99,9 +112,9 @@ def read_label_file(
                 values = np.load(file, allow_pickle=False)
                 values = values.astype(np.uint8) if values.dtype == bool else values
             else:
-                with Image.open(file) as image:
+                with open_image(file, max_pixels) as image:
                     values = of_image(image)
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError, EOFError) as error:
         raise InputError(f"{file_name}: cannot be read as a {kind} ({error})") from error
     if values.ndim != 2 or not np.issubdtype(values.dtype, np.integer):
         raise InputError(

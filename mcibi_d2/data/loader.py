@@ -18,12 +18,12 @@ from detectron2.data.common import ToIterableDataset
 from detectron2.data.samplers import InferenceSampler
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
-from PIL import Image
 from torch.utils.data import Dataset, Sampler, get_worker_info
 
 from ..errors import InputError
 from .augmentation import build_test_augmentation
 from .datasets import load_records
+from .image_file import open_image
 from .mapper import SemSegMapper
 from .workers import WorkerLoader
 
@@ -213,7 +213,7 @@ def _sample_bytes(cfg: CfgNode, records: list[dict], labels: bool, train: bool) 
     largest = 0
     for record in records[:: -(-len(records) // 8)]:
         try:
-            with PathManager.open(record["file_name"], "rb") as file, Image.open(file) as image:
+            with PathManager.open(record["file_name"], "rb") as file, open_image(file, 0) as image:
                 width, height = image.size
         except Exception:
             continue  # whoever reads it will say so
@@ -274,5 +274,6 @@ def build_labelled_loader(
         dataset_name=dataset_name,
         own_config=cfg if cfg.DATASETS.OWN.NAME else None,
         white_level=cfg.INPUT.WHITE_LEVEL,
+        max_pixels=cfg.INPUT.MAX_PIXELS,
     )
     return build_test_loader(cfg, records, mapper)

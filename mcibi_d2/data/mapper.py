@@ -17,6 +17,7 @@ from ..errors import InputError
 from .augmentation import SemSegInput, build_test_augmentation, build_train_augmentation
 from .classes import ignore_label
 from .files import same_file
+from .image_file import MAX_PIXELS, open_image
 from .labels import is_array, label_values, read_label_file, read_labels
 from .own import register_own_dataset
 
@@ -40,7 +41,11 @@ _ALPHA = ((1,), (2,))
 
 
 def read_image(
-    file_name: str, image_format: str, label_file: str | None = None, white_level: int = 0
+    file_name: str,
+    image_format: str,
+    label_file: str | None = None,
+    white_level: int = 0,
+    max_pixels: int = MAX_PIXELS,
 ) -> np.ndarray:
     """Read an image as Detectron2 does, with what it leaves open.
 
@@ -56,6 +61,7 @@ def read_image(
         label_file: of the image's labels. Only the size in its header is looked at, and only if
             the image is to be turned sideways.
         white_level: of 16 bits, the value that becomes 255 (``INPUT.WHITE_LEVEL``); 0: 65535.
+        max_pixels: a larger image is refused (``INPUT.MAX_PIXELS``); 0: none is.
 
     Returns:
         (H, W, 3) uint8.
@@ -64,8 +70,10 @@ def read_image(
         InputError: naming the file.
     """
     try:
-        with PathManager.open(file_name, "rb") as file, Image.open(file) as image:
+        with PathManager.open(file_name, "rb") as file, open_image(file, max_pixels) as image:
             return image_array(image, image_format, label_file, white_level, file)
+    except InputError as error:
+        raise InputError(f"{file_name}: {error}") from error
     # Pillow's decoders raise whatever their libraries do.
     except Exception as error:
         raise InputError(f"{file_name}: cannot be read as an image ({error})") from error
@@ -152,7 +160,7 @@ def _white_table(white_level: int) -> np.ndarray:
 def highest_value(file_name: str) -> int:
     """Of an image of 16 bits, its highest value; 0 of others, and of what cannot be read."""
     try:
-        with PathManager.open(file_name, "rb") as file, Image.open(file) as image:
+        with PathManager.open(file_name, "rb") as file, open_image(file, 0) as image:
             return int(_deep_values(file, image).max()) if is_deep(image) else 0
     except Exception:
         return 0  # whoever reads the image will say so
@@ -171,7 +179,7 @@ def _size_in_header(file_name: str | None) -> tuple[int, int] | None:
     try:
         if is_array(file_name):
             return read_label_file(file_name, label_values).shape[::-1]
-        with PathManager.open(file_name, "rb") as file, Image.open(file) as image:
+        with PathManager.open(file_name, "rb") as file, open_image(file, 0) as image:
             return image.size
     except Exception:
         return None  # whoever reads the labels will say so
@@ -195,6 +203,7 @@ class SemSegMapper:
             name their data set (key ``dataset_name``).
         own_config: whose ``DATASETS.OWN`` worker processes register; None for none.
         white_level: see :func:`read_image`.
+        max_pixels: see :func:`read_image`.
     """
 
     @configurable
@@ -207,6 +216,7 @@ class SemSegMapper:
         dataset_name: str | None = None,
         own_config: CfgNode | None = None,
         white_level: int = 0,
+        max_pixels: int = MAX_PIXELS,
     ):
         self.is_train = is_train
         self.augmentations = T.AugmentationList(augmentations)
@@ -214,6 +224,7 @@ class SemSegMapper:
         self.dataset_name = dataset_name
         self.own_config = own_config
         self.white_level = white_level
+        self.max_pixels = max_pixels
 
     def __setstate__(self, state: dict) -> None:
         """Register the own data set in a worker process that was started, not forked."""
@@ -233,6 +244,7 @@ class SemSegMapper:
             "dataset_name": cfg.DATASETS.TRAIN[0] if is_train else None,
             "own_config": cfg if cfg.DATASETS.OWN.NAME else None,
             "white_level": cfg.INPUT.WHITE_LEVEL,
+            "max_pixels": cfg.INPUT.MAX_PIXELS,
         }
 
     def __call__(self, record: dict) -> dict:
@@ -255,7 +267,9 @@ class SemSegMapper:
                 f"{record['file_name']}: is its own label ({label_file} is the same file), "
                 f"expected a label file beside each image"
             )
-        image = read_image(record["file_name"], self.image_format, label_file, self.white_level)
+        image = read_image(
+            record["file_name"], self.image_format, label_file, self.white_level, self.max_pixels
+        )
         record["height"], record["width"] = image.shape[:2]
         if not self.is_train:
             inputs = SemSegInput(image)

@@ -61,6 +61,7 @@ def register_own_dataset(cfg: CfgNode) -> None:
             ignore_label=ignore_label,
             evaluator_type="sem_seg",
             white_level=cfg.INPUT.WHITE_LEVEL,
+            max_pixels=cfg.INPUT.MAX_PIXELS,
             **labels,
         )
         _registered[name] = own.clone()

@@ -393,6 +393,7 @@ TABLE: dict[str, Rule] = dict(
                 "ROTATION_PROB": _share,
                 "COLOR_AUG_SSD": _switch,
                 "WHITE_LEVEL": Whole(0, 65535),
+                "MAX_PIXELS": Whole(0, 2**53),
                 "TEST_RESIZE": Choice(TEST_RESIZES, WITHOUT_CITYSCAPES),
                 "FIXED_SIZE_TEST": _size,
             },

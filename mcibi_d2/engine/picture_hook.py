@@ -92,7 +92,13 @@ def overlays(cfg: CfgNode, model: nn.Module, count: int) -> Figure:
             labels = result["labels"] if "labels" in result else result["sem_seg"].argmax(dim=0)
             label_file = record.get("sem_seg_file_name")
             row = {
-                "image": read_image(record["file_name"], "RGB", label_file, cfg.INPUT.WHITE_LEVEL)
+                "image": read_image(
+                    record["file_name"],
+                    "RGB",
+                    label_file,
+                    cfg.INPUT.WHITE_LEVEL,
+                    cfg.INPUT.MAX_PIXELS,
+                )
             }
             if label_file:  # evaluators of other projects may do without
                 row["ground truth"] = read_labels(label_file, name)

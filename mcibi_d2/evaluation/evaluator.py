@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..data.classes import Classes
 from ..data.datasets import load_records
+from ..data.image_file import MAX_PIXELS
 from ..data.labels import read_labels
 from ..errors import InputError, sentence
 from .boundary import boundaries
@@ -156,7 +157,9 @@ class SemSegEvaluator(Detectron2SemSegEvaluator):
         prediction = self._checked(file_name, output)
         height, width = prediction.shape[-2:]
         labels = self.input_file_to_gt_file[file_name]
-        truth = torch.from_numpy(read_labels(labels, self._dataset_name))
+        # As large as the image, which was not refused.
+        most = max(MAX_PIXELS, height * width)
+        truth = torch.from_numpy(read_labels(labels, self._dataset_name, max_pixels=most))
         if truth.shape != (height, width):
             raise InputError(
                 f"{labels}: labels of {truth.shape[0]} x {truth.shape[1]} (height x width), but "

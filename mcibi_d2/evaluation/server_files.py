@@ -11,6 +11,7 @@ import numpy as np
 from detectron2.utils.file_io import PathManager
 from PIL import ExifTags, Image
 
+from ..data.image_file import open_image
 from ..errors import InputError
 
 CITYSCAPES_NAME = re.compile(r"([a-zA-Z-]+_\d{6}_\d{6})(?!\d)")
@@ -128,7 +129,7 @@ class ServerFiles:
         """
         target = self._targets[image]
         try:
-            with Image.open(target) as png:
+            with target.open("rb") as file, open_image(file, 0) as png:
                 values = np.asarray(png)
         except (OSError, SyntaxError) as error:
             raise InputError(f"{target}: cannot be read as a prediction ({error})") from error
@@ -175,7 +176,7 @@ class ServerFiles:
 def _is_whole(path: Path) -> bool:
     """Whether a PNG is there to its end, with the right checksums."""
     try:
-        with Image.open(path) as png:
+        with path.open("rb") as file, open_image(file, 0) as png:
             png.verify()
     except (OSError, SyntaxError):
         return False
@@ -184,7 +185,7 @@ def _is_whole(path: Path) -> bool:
 
 def _image_sizes(file_name: str) -> list[tuple[int, int]]:
     """(height, width) that predictions for an image may have, from its header."""
-    with PathManager.open(file_name, "rb") as file, Image.open(file) as image:
+    with PathManager.open(file_name, "rb") as file, open_image(file, 0) as image:
         width, height = image.size
         sideways = image.getexif().get(ExifTags.Base.Orientation, 1) in _SIDEWAYS
     return [(width, height), (height, width)] if sideways else [(height, width)]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..data import read_image
+from ..data.image_file import MAX_PIXELS
 from ..modeling.resize import best_class
 from ..modeling.score_maps import ResizedMap, ScoreMap
 
@@ -44,6 +45,7 @@ class SemanticSegmentorWithTTA(nn.Module):
         released: as the authors' released code: the resized image is scaled, bilinearly, and the
             softmax is before the resizing of the result.
         white_level: see :func:`read_image`.
+        max_pixels: see :func:`read_image`.
     """
 
     @configurable
@@ -58,6 +60,7 @@ class SemanticSegmentorWithTTA(nn.Module):
         softmax: bool = True,
         released: bool = False,
         white_level: int = 0,
+        max_pixels: int = MAX_PIXELS,
     ):
         super().__init__()
         self.model = model.module if isinstance(model, DistributedDataParallel) else model
@@ -68,6 +71,7 @@ class SemanticSegmentorWithTTA(nn.Module):
         self.image_format = image_format
         self.softmax = softmax
         self.white_level = white_level
+        self.max_pixels = max_pixels
         self.released = released
         self.labels_only = False
 
@@ -83,6 +87,7 @@ class SemanticSegmentorWithTTA(nn.Module):
             "flip_pairs": pairs,
             "image_format": cfg.INPUT.FORMAT,
             "white_level": cfg.INPUT.WHITE_LEVEL,
+            "max_pixels": cfg.INPUT.MAX_PIXELS,
             "softmax": cfg.TEST.AUG.SOFTMAX,
             "released": cfg.TEST.RELEASED,
         }
@@ -155,7 +160,12 @@ class SemanticSegmentorWithTTA(nn.Module):
     def _original(self, x: dict) -> np.ndarray:
         """The (H, W, C) image of the file, or, without one, that which the model takes."""
         if "file_name" in x:
-            image = read_image(x["file_name"], self.image_format, white_level=self.white_level)
+            image = read_image(
+                x["file_name"],
+                self.image_format,
+                white_level=self.white_level,
+                max_pixels=self.max_pixels,
+            )
             # Else the file was turned or cut before it became the input.
             if image.shape[:2] == _out_size(x):
                 return image

@@ -24,6 +24,7 @@ from mcibi_d2 import InputError
 from mcibi_d2.data import SemSegMapper
 from mcibi_d2.data.classes import Classes
 from mcibi_d2.data.datasets import SplitFiles, check_registered, load_records, split_files
+from mcibi_d2.data.image_file import MAX_PIXELS
 from mcibi_d2.data.mapper import fitting_white_level, highest_value
 from mcibi_d2.data.own import left_out
 from mcibi_d2.data.workers import WorkerLoader
@@ -59,6 +60,7 @@ class _Check(Dataset):
             image_format="RGB",
             dataset_name=self.name,
             white_level=self.white_level,
+            max_pixels=MetadataCatalog.get(self.name).get("max_pixels", MAX_PIXELS),
         )
         sample = mapper(self.records[i])
         image = sample["image"].numpy().transpose(1, 2, 0)

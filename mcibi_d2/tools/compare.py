@@ -21,6 +21,7 @@ from mcibi_d2 import InputError
 from mcibi_d2.data import read_image
 from mcibi_d2.data.classes import Classes
 from mcibi_d2.data.datasets import check_registered
+from mcibi_d2.data.image_file import MAX_PIXELS
 from mcibi_d2.data.labels import read_labels
 from mcibi_d2.evaluation import Results, read_results
 from mcibi_d2.evaluation.folders import find_predictions, image_name, read_prediction
@@ -155,6 +156,7 @@ def write_pictures(
             "RGB",
             record["sem_seg_file_name"],
             MetadataCatalog.get(dataset).get("white_level", 0),
+            MetadataCatalog.get(dataset).get("max_pixels", MAX_PIXELS),
         )
         titles = ("image", "ground truth", f"A: {names[0]}", f"B: {names[1]}")
         rows.append(dict(zip(titles, (image, truth, one, other), strict=True)))

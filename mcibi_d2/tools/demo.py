@@ -150,7 +150,12 @@ class Demo:
         """Read an image file; it is segmented when there are enough, or by :meth:`flush`."""
         try:
             with self.clock("read"):
-                image = read_image(str(path), "BGR", white_level=self.predictor.white_level)
+                image = read_image(
+                    str(path),
+                    "BGR",
+                    white_level=self.predictor.white_level,
+                    max_pixels=self.predictor.max_pixels,
+                )
         except InputError as error:
             self.problems.append(f"skipped {error}")
             return
