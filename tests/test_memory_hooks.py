@@ -287,6 +287,19 @@ def test_the_hooks_work_in_detectron2s_trainers(tmp_path, kind):
     assert memory._waiting == 0 and memory.rows.isfinite().all()
 
 
+def test_a_trainer_without_the_parts_that_the_hooks_need_is_told_so(tmp_path):
+    model = Trainer.build_model(make_tiny_cfg(tmp_path))
+    for hook, parts, missing in (
+        (MemoryInitHook(), {}, "model"),
+        (MemoryInitHook(), {"model": model}, "data_loader"),
+        (MemoryUpdateHook(), {}, "model"),
+        (MemoryUpdateHook(schedule="lr"), {"model": model}, "optimizer"),
+    ):
+        hook.trainer = SimpleNamespace(start_iter=0, **parts)
+        with pytest.raises(InputError, match=f"{type(hook).__name__} found no {missing} in"):
+            hook.before_train()
+
+
 def messages(caplog):
     return [record.getMessage() for record in caplog.records]
 

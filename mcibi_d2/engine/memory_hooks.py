@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 
 import torch
-from detectron2.engine import HookBase
+from detectron2.engine import HookBase, TrainerBase
 from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 from torch import nn
@@ -26,6 +26,21 @@ def unwrap(model: nn.Module) -> nn.Module:
         if not isinstance(inner, nn.Module):
             return model
         model = inner
+
+
+def part_of(trainer: TrainerBase, name: str, hook: HookBase) -> object:
+    """An attribute that the trainers of Detectron2 have, and another's may lack.
+
+    Raises:
+        InputError: it is not there.
+    """
+    part = getattr(trainer, name, None)
+    if part is None:
+        raise InputError(
+            f"{type(hook).__name__} found no {name} in {type(trainer).__name__}, expected it as an "
+            f"attribute, as Detectron2's SimpleTrainer has it"
+        )
+    return part
 
 
 def poly_momentum(iteration: int, max_iter: int, momentum: float, power: float) -> float:
@@ -90,7 +105,9 @@ class MemoryUpdateHook(HookBase):
 
     def before_train(self) -> None:
         """Find the memories of the trainer's model."""
-        model = self.trainer.model
+        model = part_of(self.trainer, "model", self)
+        if self.schedule == "lr":
+            part_of(self.trainer, "optimizer", self)
         self._memories = find_memories(model)
         self._heads = [m for m in model.modules() if isinstance(m, MCIBIHead) and m.enabled]
         # Per memory: the first iteration in which a row was rejected, -1 for none.

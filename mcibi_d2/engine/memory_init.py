@@ -21,7 +21,7 @@ from ..files import read_data
 from ..modeling import FeatureMemory, MCIBIHead, MCIBISegmentor
 from ..modeling.memory import interpolate_pixels
 from .class_names import classes_of_head, names_in, require_same
-from .memory_hooks import unwrap
+from .memory_hooks import part_of, unwrap
 from .stop import end_if_asked
 
 # How rows may start; first_batch_mean is what the memory does by itself.
@@ -90,7 +90,7 @@ class MemoryInitHook(HookBase):
         """Fill the memory of the trainer's model."""
         if self.trainer.start_iter > 0:
             return
-        model = unwrap(self.trainer.model)
+        model = unwrap(part_of(self.trainer, "model", self))
         for head in model.modules():
             if not isinstance(head, MCIBIHead) or not head.enabled:
                 continue
@@ -117,7 +117,7 @@ class MemoryInitHook(HookBase):
             pixels, counts, images = draw_random_pixels(
                 model,
                 head,
-                self.trainer.data_loader,
+                part_of(self.trainer, "data_loader", self),
                 self.seed,
                 self.max_images,
                 wanted,
