@@ -6,12 +6,12 @@ python train_net.py --config-file ... --eval-only MODEL.WEIGHTS output/model_fin
 torchrun --nproc-per-node 8 train_net.py --config-file configs/ade20k/mcibi_R50.yaml --resume
 """
 
-from detectron2.engine import default_argument_parser, default_setup
+from detectron2.engine import default_setup
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 import mcibi_d2  # noqa: F401  registers models and data sets
-from mcibi_d2.engine import Checkpointer, Trainer, launch, setup
+from mcibi_d2.engine import Checkpointer, Trainer, argument_parser, launch, setup
 from mcibi_d2.engine.class_names import class_names
 
 
@@ -38,4 +38,4 @@ def main(args, cfg):
 
 
 if __name__ == "__main__":
-    launch(main, setup, default_argument_parser().parse_args())
+    launch(main, setup, argument_parser().parse_args())

@@ -150,6 +150,9 @@ def add_mcibi_config(cfg: CN) -> None:
     # build_lr_scheduler is overridden with mcibi_d2.engine.build_lr_scheduler (README.md).
     cfg.SOLVER.POLY_LR_POWER = 0.9
     cfg.SOLVER.POLY_LR_CONSTANT_ENDING = 0.0
+    # Of the checkpoints of SOLVER.CHECKPOINT_PERIOD and of a stopped run, so many of the newest are
+    # kept, beside model_best.pth and model_final.pth; 0: all.
+    cfg.SOLVER.CHECKPOINTS_KEPT = 3
     # Of SOLVER.AMP.ENABLED: float16 (with a gradient scaler) or bfloat16.
     cfg.SOLVER.AMP.PRECISION = "float16"
 

@@ -1,6 +1,8 @@
 import os
 import pickle
+from collections import Counter
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -243,3 +245,80 @@ def test_a_memory_of_half_the_classes_with_two_slots_is_left_out(tmp_path):
 def test_weights_that_cannot_be_downloaded_are_one_sentence():
     with pytest.raises(InputError, match=r"WEIGHTS: http://127\.0\.0\.1:9/x\.pth: cannot be"):
         Checkpointer(torch.nn.Linear(1, 1)).load("http://127.0.0.1:9/x.pth")
+
+
+def test_the_newest_checkpoints_are_kept(tmp_path):
+    """Over resuming, too; files that the run did not write stay, whatever they are called."""
+    options = ["SOLVER.CHECKPOINT_PERIOD", "1", "SOLVER.CHECKPOINTS_KEPT", "2"]
+    names = ["model_0000777.pth", "model_0000000.pth.bak", "model_1.pth", "model_best.pth", "x.pth"]
+    for name in names:
+        (tmp_path / name).write_bytes(b"mine")
+    Trainer(make_tiny_cfg(tmp_path, *options)).train()
+    written = {"model_0000002.pth", "model_0000003.pth", "model_final.pth"}
+    assert {p.name for p in tmp_path.glob("*.pth*")} == {*names, *written}
+    trainer = Trainer(make_tiny_cfg(tmp_path, *options, "SOLVER.MAX_ITER", "6"))
+    trainer.resume_or_load(resume=True)
+    assert trainer.start_iter == 4
+    trainer.train()
+    written = {"model_0000004.pth", "model_0000005.pth", "model_final.pth"}
+    assert {p.name for p in tmp_path.glob("*.pth*")} == {*names, *written}
+    assert all((tmp_path / name).read_bytes() == b"mine" for name in names)
+
+
+@pytest.mark.parametrize("kept", ["0", "-1"])
+def test_all_checkpoints_may_be_kept(tmp_path, kept):
+    options = ["SOLVER.CHECKPOINT_PERIOD", "1", "SOLVER.CHECKPOINTS_KEPT", kept]
+    Trainer(make_tiny_cfg(tmp_path, *options)).train()
+    assert len(list(tmp_path.glob("model_0*.pth"))) == 4
+
+
+def test_the_old_checkpoint_stays_until_the_new_one_is_whole(tmp_path, monkeypatch):
+    checkpointer = Checkpointer(torch.nn.Linear(2, 2), str(tmp_path), kept=1)
+    checkpointer.save("model_0000001")
+    save = torch.save
+
+    def full_disk(data, file):
+        assert (tmp_path / "model_0000001.pth").exists()
+        save(data, file)
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(torch, "save", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        checkpointer.save("model_0000002")
+    assert checkpointer.get_checkpoint_file() == str(tmp_path / "model_0000001.pth")
+    assert [p.name for p in tmp_path.glob("*.pth")] == ["model_0000001.pth"]
+
+
+def test_no_file_has_others_deleted(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "victim.pth").write_bytes(b"mine")
+    checkpointer = Checkpointer(torch.nn.Linear(2, 2), str(tmp_path / "run"), kept=1)
+    checkpointer.save("model_0000001")
+    loaded = torch.load(tmp_path / "run/model_0000001.pth")
+    loaded["numbered"] = ["../victim", "model_0000001", str(tmp_path / "victim"), 7]
+    torch.save(loaded, tmp_path / "run/model_0000001.pth")
+    checkpointer.resume_or_load("", resume=True)
+    checkpointer.save("model_0000002")
+    assert (tmp_path / "victim.pth").exists()
+    assert [p.name for p in (tmp_path / "run").glob("*.pth")] == ["model_0000002.pth"]
+
+
+def test_a_last_checkpoint_that_is_gone_is_named(tmp_path):
+    (tmp_path / "last_checkpoint").write_text("model_0000009.pth")
+    with pytest.raises(InputError, match=r"last_checkpoint: names 'model_0000009.pth', which is"):
+        Checkpointer(torch.nn.Linear(2, 2), str(tmp_path)).resume_or_load("", resume=True)
+
+
+def test_checkpoints_hold_what_every_torch_reads(tmp_path):
+    class Part:
+        def state_dict(self):
+            return {
+                "counts": Counter(a=1), "numbers": (np.float64(0.5), [np.int64(3), True]),
+                "array": np.ones(2), "device": torch.device("cpu"), "text": np.str_("x"),
+            }  # fmt: skip
+
+    Checkpointer(torch.nn.Linear(2, 2), str(tmp_path), part=Part()).save("a", more=np.bool_(True))
+    loaded = torch.load(tmp_path / "a.pth", weights_only=True)
+    assert torch.equal(loaded["part"].pop("array"), torch.ones(2, dtype=torch.float64))
+    assert loaded["part"] == {"counts": {"a": 1}, "numbers": (0.5, [3, True]), "text": "x"}
+    assert loaded["more"] is True and type(loaded["part"]["counts"]) is dict

@@ -15,7 +15,7 @@ from conftest import ROOT, make_tiny_cfg
 from PIL import Image
 
 from mcibi_d2 import InputError
-from mcibi_d2.engine import Trainer
+from mcibi_d2.engine import Trainer, argument_parser, setup
 
 
 def assert_equal_models(path, other):
@@ -382,6 +382,61 @@ def test_bad_files_are_one_sentence_from_any_worker(tmp_path, monkeypatch, spoil
     assert len(errors) == 1 and re.search(message, errors[0]), run.stderr[-2000:]
     assert "Traceback" not in run.stdout + run.stderr
     assert re.search(message, (tmp_path / "output/log.txt").read_text())
+
+
+@pytest.fixture
+def start(tmp_path, monkeypatch):
+    """Check a command line of train_net.py, without what comes after."""
+
+    def run(*flags, options=(), folder="run"):
+        _, *arguments = command(tmp_path / folder, *options, program=(), flags=flags)
+        return setup(argument_parser().parse_args(arguments))
+
+    return run
+
+
+def test_a_used_folder_is_refused(tmp_path, start):
+    folder = tmp_path / "run"
+    start()
+    (folder / "log.txt").write_text("of a run that has written no checkpoint")
+    (folder / "model_1.pth").write_text("of something else")
+    start()
+    for name in ("model_0000003.pth", "model_best.pth", "model_final.pth"):
+        (folder / name).write_text("x")
+        before = {p.name: p.stat().st_mtime_ns for p in folder.iterdir()}
+        words = rf"{folder}: holds .*{name}.*--resume.*another OUTPUT_DIR.*--force"
+        for flags in ((), ("--resume",)):
+            with pytest.raises(InputError, match=words):
+                start(*flags)
+        assert {p.name: p.stat().st_mtime_ns for p in folder.iterdir()} == before
+        start("--eval-only", options=["MODEL.WEIGHTS", str(folder / name), "DATASETS.TEST",
+                                      "('scenes_val',)"])  # fmt: skip
+        start(folder="another")
+        (folder / name).unlink()
+    (folder / "last_checkpoint").write_text("model_0000003.pth")
+    with pytest.raises(InputError, match="holds the checkpoints of a run"):
+        start()
+    start("--resume")
+
+
+def test_force_removes_the_run_before(tmp_path, start):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    own = ["log.txt", "notes.txt", "model_1.pth"]
+    for name in (*own, "model_0000003.pth", "model_best.pth", "model_best.json", "last_checkpoint",
+                 "model_final.pth", "metrics.json", "events.out.tfevents.1"):  # fmt: skip
+        (folder / name).write_text("x")
+    everything = sorted(p.name for p in folder.iterdir())
+    for flags, options, message in (
+        (["--resume"], [], "--force starts a training anew"),
+        ([], ["MODEL.WEIGHTS", str(folder / "model_best.pth")], "is removed by --force"),
+        ([], ["MODEL.MCIBI.FUSION", "mul"], "FUSION"),
+    ):
+        with pytest.raises(InputError, match=message):
+            start("--force", *flags, options=options)
+        assert sorted(p.name for p in folder.iterdir()) == everything
+    start("--force")
+    assert sorted(p.name for p in folder.iterdir()) == sorted(own)
 
 
 # --- the same recipe on another number of processes

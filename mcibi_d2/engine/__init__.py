@@ -5,7 +5,7 @@ from .launch import launch
 from .memory_hooks import MemoryUpdateHook
 from .memory_init import MemoryInitHook
 from .schedule import build_lr_scheduler
-from .setup import load_config, setup
+from .setup import argument_parser, load_config, setup
 from .trainer import Trainer
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "MemoryInitHook",
     "MemoryUpdateHook",
     "Trainer",
+    "argument_parser",
     "build_lr_scheduler",
     "launch",
     "load_config",

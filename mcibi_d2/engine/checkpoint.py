@@ -1,7 +1,9 @@
 """Checkpoints: written whole or not at all, and loaded with a word about what fits."""
 
 import http.client
+import logging
 import os
+import re
 import socket
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -22,6 +24,10 @@ from .class_names import CLASSES, classes_of_head, names_in, require_same
 _TIMM_PREFIX = "backbone.net."
 # How long a server may take to answer.
 _DOWNLOAD_SECONDS = 15
+_UNKNOWN = object()
+_NUMBERED = re.compile(r"model_[0-9]{7,}")
+# What a run writes that is its model; model_best.json has the value of model_best.pth.
+_OF_A_RUN = re.compile(r"last_checkpoint|model_([0-9]{7,}|final|best)\.pth|model_best\.json")
 
 
 class Checkpointer(DetectionCheckpointer):
@@ -34,10 +40,14 @@ class Checkpointer(DetectionCheckpointer):
       untrained.
     - The names of the classes are kept in the file. One with as many classes of other names, or in
       another order, is an error.
+    - Of the checkpoints with a number (``model_0004999.pth``) that the run has written, before it
+      was resumed, too, the newest are kept. An older one goes when a newer one is written whole
+      and ``--resume`` would start from it. Other files are never touched.
 
     Args:
         model: to save and load.
         save_dir: folder of the checkpoints.
+        kept: how many with a number; 0 for all.
         save_to_disk: default: on the main process only.
         class_names: of the model; () for no comparison.
         allow_other_classes: load a file whose classes have other names all the same.
@@ -49,12 +59,16 @@ class Checkpointer(DetectionCheckpointer):
         model: nn.Module,
         save_dir: str = "",
         *,
+        kept: int = 0,
         save_to_disk=None,
         class_names: Sequence[str] = (),
         allow_other_classes: bool = False,
         **checkpointables,
     ):
         super().__init__(model, save_dir, save_to_disk=save_to_disk, **checkpointables)
+        self.kept = kept
+        # Names without suffix, oldest first, of what this run has written with a number.
+        self._numbered: list[str] = []
         self.class_names = list(class_names)
         self.allow_other_classes = allow_other_classes
         # What `load` was called with, for the steps in between.
@@ -71,16 +85,23 @@ class Checkpointer(DetectionCheckpointer):
         if not self.save_dir or not self.save_to_disk:
             return
         data = {"model": self.model.state_dict()}
-        data.update((key, part.state_dict()) for key, part in self.checkpointables.items())
+        data.update((key, plain(part.state_dict())) for key, part in self.checkpointables.items())
         if self.class_names:
             data[CLASSES] = self.class_names
-        data.update(kwargs)
+        data.update(plain(kwargs))
+        if tag and _NUMBERED.fullmatch(name):
+            self._numbered = [*(other for other in self._numbered if other != name), name]
+        data["numbered"] = self._numbered
         path = os.path.join(self.save_dir, f"{name}.pth")
         self.logger.info(f"Saving checkpoint to {path}")
         with replacing(path) as file:
             torch.save(data, file)
         if tag:
             self.tag_last_checkpoint(f"{name}.pth")
+        if tag and self.kept > 0:
+            while len(self._numbered) > self.kept:
+                with suppress(FileNotFoundError):
+                    os.remove(os.path.join(self.save_dir, f"{self._numbered.pop(0)}.pth"))
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         """Name the file that ``--resume`` starts from."""
@@ -112,7 +133,20 @@ class Checkpointer(DetectionCheckpointer):
     def resume_or_load(self, path: str, *, resume: bool = True, strict: bool = False):
         """Restore the last checkpoint with everything, or load ``path`` into the model alone."""
         if resume and self.has_checkpoint():
-            return self.load(self.get_checkpoint_file(), strict=True)
+            path = self.get_checkpoint_file()
+            if not os.path.isfile(path):
+                raise InputError(
+                    f"{self.save_dir}/last_checkpoint: names {os.path.basename(path)!r}, which is "
+                    f"not there, expected the name of a checkpoint"
+                )
+            loaded = self.load(path, strict=True)
+            # A file may say what it likes, but not have others deleted.
+            self._numbered = [
+                name
+                for name in loaded.get("numbered", ())
+                if isinstance(name, str) and _NUMBERED.fullmatch(name)
+            ]
+            return loaded
         return self.load(path, checkpointables=[], strict=strict)
 
     def _load_file(self, filename: str) -> dict:
@@ -124,12 +158,13 @@ class Checkpointer(DetectionCheckpointer):
             loaded = {**_with_model(loaded), "matching_heuristics": True}
         if query:
             raise InputError(f"{self._path}: ?{', '.join(query)} is not known")
-        if "blobs" in loaded or (filename.endswith(".pkl") and _all_arrays(loaded)):
+        blobs = loaded.get("blobs", loaded)
+        if (blobs is not loaded and isinstance(blobs, dict)) or (
+            filename.endswith(".pkl") and _all_arrays(loaded)
+        ):
             # As Detectron2 takes them: Caffe2's, of Detectron 1 and of ImageNet.
             blobs = {
-                name: value
-                for name, value in dict(loaded.get("blobs", loaded)).items()
-                if not name.endswith("_momentum")
+                name: value for name, value in blobs.items() if not f"{name}".endswith("_momentum")
             }
             loaded = {"model": blobs, "__author__": "Caffe2", "matching_heuristics": True}
         elif "model_state" in loaded:  # of pycls
@@ -137,11 +172,9 @@ class Checkpointer(DetectionCheckpointer):
                 "model": loaded["model_state"], "__author__": "pycls", "matching_heuristics": True
             }  # fmt: skip
         loaded = _with_model(loaded)
-        if (
-            isinstance(loaded["model"], dict) and "state_dict" in loaded["model"]
-        ):  # as timm's own training writes them
-            loaded["model"] = loaded["model"]["state_dict"]
-        state = loaded.get("model")
+        state = loaded["model"]
+        if isinstance(state, dict) and "state_dict" in state:  # as timm's own training writes them
+            state = state["state_dict"]
         if (
             not isinstance(state, dict)
             or not state
@@ -244,6 +277,43 @@ def _with_model(loaded: dict) -> dict:
 
 def _all_arrays(loaded: dict) -> bool:
     return bool(loaded) and all(isinstance(value, np.ndarray) for value in loaded.values())
+
+
+def plain(value: object, name: str = "") -> object:
+    """The same, of what :func:`~mcibi_d2.files.read_data` reads with every release of torch.
+
+    Args:
+        value: containers with numbers, texts and tensors. What is something else is left out, and
+            the log says so.
+        name: of the value, for the log.
+    """
+    if isinstance(value, dict):
+        named = {key: plain(entry, f"{name}.{key}".strip(".")) for key, entry in value.items()}
+        return {key: entry for key, entry in named.items() if entry is not _UNKNOWN}
+    if isinstance(value, list | tuple):
+        entries = [plain(entry, f"{name}[{i}]") for i, entry in enumerate(value)]
+        kind = list if isinstance(value, list) else tuple
+        return _UNKNOWN if any(entry is _UNKNOWN for entry in entries) else kind(entries)
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, np.ndarray):
+        return torch.from_numpy(value)
+    if value is None or isinstance(value, torch.Tensor):
+        return value
+    for kind in (bool, int, float, str, bytes):
+        if isinstance(value, kind):
+            return kind(value)
+    logging.getLogger(__name__).warning(
+        f"Left out of the checkpoint: {name}, a {type(value).__name__}, which is not data."
+    )
+    return _UNKNOWN
+
+
+def files_of_a_run(folder: str) -> list[str]:
+    """The names of the checkpoints in a folder, and of what belongs to them; by name."""
+    if not os.path.isdir(folder):
+        return []
+    return sorted(name for name in os.listdir(folder) if _OF_A_RUN.fullmatch(name))
 
 
 @contextmanager

@@ -467,6 +467,7 @@ TABLE: dict[str, Rule] = dict(
                 "WARMUP_METHOD": Choice(("linear", "constant")),
                 "RESCALE_INTERVAL": _switch,
                 "CHECKPOINT_PERIOD": Whole(1, _ITERATIONS),
+                "CHECKPOINTS_KEPT": Whole(-1, _ITERATIONS),
                 "IMS_PER_BATCH": Whole(1, 65536),
                 "REFERENCE_WORLD_SIZE": Whole(0, 65536),
                 "BIAS_LR_FACTOR": _weight,

@@ -101,6 +101,7 @@ class Trainer(DefaultTrainer):
         self.checkpointer = Checkpointer(
             model,
             cfg.OUTPUT_DIR,
+            kept=cfg.SOLVER.CHECKPOINTS_KEPT,
             class_names=class_names(cfg),
             allow_other_classes=cfg.DATASETS.ALLOW_OTHER_CLASSES,
             trainer=weakref.proxy(self),
