@@ -11,6 +11,7 @@ from collections import OrderedDict
 import torch
 from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, hooks
 from detectron2.evaluation import DatasetEvaluator
+from detectron2.solver import LRMultiplier
 from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
@@ -30,6 +31,7 @@ from .config_check import check_metadata, check_values
 from .memory_hooks import MemoryUpdateHook, find_memories
 from .memory_init import MemoryInitHook
 from .picture_hook import PictureHook
+from .resume import RunConfig, regroup
 from .schedule import build_lr_scheduler
 from .stop import StoppableLoader, Stopped, stop_asked, watching_for_signals
 from .train_step import TrainStep
@@ -62,6 +64,7 @@ class Trainer(DefaultTrainer):
         check_values(cfg)
         register_own_dataset(cfg)
         check_metadata(cfg)
+        self._run_config = RunConfig(cfg)
         cfg = self.auto_scale_workers(cfg, comm.get_world_size())
         self.cfg = cfg
         self.start_iter = 0
@@ -251,6 +254,7 @@ class Trainer(DefaultTrainer):
         """Everything that a resumed run needs beside the model."""
         return {
             **super().state_dict(),
+            "config": self._run_config.dump(),
             "seed": self.seed,
             "ims_per_batch": self.cfg.SOLVER.IMS_PER_BATCH,
             "max_iter": self.max_iter,
@@ -262,10 +266,28 @@ class Trainer(DefaultTrainer):
         """Restore the iteration, the hooks, the optimiser and the seed.
 
         A checkpoint of the same recipe with another batch size, so one that was written on another
-        number of processes, goes on after as many images.
+        number of processes, goes on after as many images. Learning rates, their schedule, momentum
+        and weight decay are those of this run's config from here on; what cannot take effect
+        (:data:`~.resume.FIXED`) is named in the log.
         """
-        rates = [group["initial_lr"] for group in self.optimizer.param_groups]
-        super().load_state_dict(state_dict)
+        groups = self.optimizer.param_groups
+        own = [{k: v for k, v in group.items() if k not in ("params", "lr")} for group in groups]
+        rates = [group["initial_lr"] for group in groups]
+        if isinstance(state_dict.get("config"), str):
+            changed = self._run_config.follow(state_dict["config"])
+            if any(key.startswith("SOLVER.") for key in changed):
+                state_dict = self._regrouped(state_dict, changed)
+        try:
+            super().load_state_dict(state_dict)
+        except ValueError as error:
+            raise InputError(
+                f"the checkpoint's optimiser is not this one: {error} (another "
+                f"SOLVER.HEAD_LR_FACTOR, BIAS_LR_FACTOR or WEIGHT_DECAY_NORM than the run had?)"
+            ) from error
+        for group, settings in zip(self.optimizer.param_groups, own, strict=True):
+            group.update(settings)
+        if isinstance(self.scheduler, LRMultiplier) and self.iter < self.max_iter:
+            self._continue_schedule(rates, self.iter + 1)
         self.seed = state_dict.get("seed", self.seed)
         self._evaluation_is_due = state_dict.get("evaluation_is_due", False)
         statistics = state_dict.get("statistics") or ()
@@ -290,6 +312,15 @@ class Trainer(DefaultTrainer):
                 f"the iterations done count as many of the new size, and the order of the data is "
                 f"another"
             )
+
+    def _regrouped(self, state_dict: dict, changed: dict[str, object]) -> dict:
+        """A checkpoint with the optimiser's state in the groups of this run's config."""
+        cfg = self.cfg.clone()
+        cfg.defrost()
+        cfg.merge_from_list([x for item in changed.items() for x in item])
+        step = state_dict["_trainer"]
+        state = regroup(step["optimizer"], self.build_optimizer(cfg, self.model), self.optimizer)
+        return {**state_dict, "_trainer": {**step, "optimizer": state}}
 
     def _continue_schedule(self, rates: list[float], done: int) -> None:
         """Take this run's learning rates, instead of those of the checkpoint."""
