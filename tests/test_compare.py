@@ -108,6 +108,11 @@ def test_predictions_of_one_bit_and_endings_in_capitals(folder):
     assert repr(found[0]) == repr(found[1])
 
 
+def test_labels_may_be_evaluated_against_themselves(folder):
+    found = evaluate_folder.evaluate_folder(folder / "labels", folder / "labels", NAME, "labels")
+    assert found["mIoU"] == 100
+
+
 def test_real_labels_against_themselves(real_data):
     folder = real_data / "CamVid" / "valannot"
     found = evaluate_folder.evaluate_folder(folder, folder, "camvid_11_val", "labels")

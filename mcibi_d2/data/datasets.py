@@ -400,12 +400,13 @@ def check_registered(name: str, where: str) -> None:
         )
 
 
-def load_records(name: str, labelled: bool = False) -> list[dict]:
+def load_records(name: str, labelled: bool = False, own_labels: bool = False) -> list[dict]:
     """The records of any registered data set, at least one.
 
     Args:
         name: of the data set.
         labelled: whether every record must have a label file.
+        own_labels: whether an image may be its own label, as where the "images" are predictions.
 
     Raises:
         InputError: also where another project's data set raises something else, and where an image
@@ -424,7 +425,7 @@ def load_records(name: str, labelled: bool = False) -> list[dict]:
                     f"data set {name} has no {key} for {len(without)} of {len(records)} images, "
                     f"such as {some}, expected the path of each"
                 )
-        for i, record in enumerate(records):
+        for i, record in enumerate([] if own_labels else records):
             # Whether links lead to one file is seen where the files are read (`SemSegMapper`).
             image, label = record["file_name"], record.get("sem_seg_file_name")
             if image == label or (i == 0 and label and same_file(image, label)):

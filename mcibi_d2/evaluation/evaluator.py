@@ -74,7 +74,9 @@ class SemSegEvaluator(Detectron2SemSegEvaluator):
     ):
         classes = Classes.of(dataset_name)
         unlabelled = [
-            r["file_name"] for r in load_records(dataset_name) if "sem_seg_file_name" not in r
+            r["file_name"]
+            for r in load_records(dataset_name, own_labels=True)
+            if "sem_seg_file_name" not in r
         ]
         if unlabelled:
             raise InputError(
