@@ -17,6 +17,7 @@ from ..data.augmentation import CROP_TYPES
 from ..data.classes import Classes
 from ..data.datasets import check_registered, load_records
 from ..errors import InputError
+from ..modeling.backbones import check_name
 from .class_names import check_data_sets
 from .config_table import METADATA as _METADATA
 from .config_table import REMOVED, TABLE, Rule, rule_of
@@ -241,13 +242,6 @@ def _check_schedule(solver: CfgNode) -> None:
         raise InputError(
             f"SOLVER.STEPS is {solver.STEPS}, expected iterations before SOLVER.MAX_ITER {last}"
         )
-    if name == "WarmupStepWithFixedGammaLR":
-        parts = solver.NUM_DECAYS + 1
-        if parts > last or -(-last // parts) * solver.NUM_DECAYS >= last > 1:
-            raise InputError(
-                f"SOLVER.NUM_DECAYS is {solver.NUM_DECAYS}, expected a number that cuts "
-                f"SOLVER.MAX_ITER {last} into parts of one length"
-            )
 
 
 def _check_head(model: CfgNode) -> None:
@@ -268,9 +262,29 @@ def _check_head(model: CfgNode) -> None:
             f"MODEL.MCIBI.HARD_AGGREGATION is True, which needs MODEL.MCIBI.AGGREGATION pixels, "
             f"not {mcibi.AGGREGATION}"
         )
+    names = list(head.AUX_FEATURES)
+    if len(set(names)) < len(names):
+        raise InputError(f"MODEL.SEM_SEG_HEAD.AUX_FEATURES is {names}, expected each name once")
+    if model.BACKBONE.NAME.startswith("build_resnet"):
+        _check_resnets(model.RESNETS)
+    check_name(model.TIMM.NAME)
     indices = list(model.TIMM.OUT_INDICES)
     if indices != sorted(set(indices)):
         raise InputError(f"MODEL.TIMM.OUT_INDICES is {tuple(indices)}, expected rising indices")
+
+
+def _check_resnets(resnets: CfgNode) -> None:
+    """What Detectron2's own ResNet asserts."""
+    shallow = resnets.DEPTH in (18, 34)
+    for key, allowed in (
+        ("RES5_DILATION", (1,) if shallow else (1, 2)),
+        *((("RES2_OUT_CHANNELS", (64,)), ("NUM_GROUPS", (1,))) if shallow else ()),
+    ):
+        if resnets[key] not in allowed:
+            raise InputError(
+                f"MODEL.RESNETS.{key} is {resnets[key]}, expected {' or '.join(map(str, allowed))} "
+                f"for Detectron2's ResNet-{resnets.DEPTH}"
+            )
 
 
 def _check_device(device: str, num_gpus: int) -> None:

@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 
-import timm
 import torch
 from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY, SEM_SEG_HEADS_REGISTRY
 from detectron2.solver.build import GradientClipType
@@ -308,7 +307,7 @@ TABLE: dict[str, Rule] = dict(
         *_section(
             "MODEL.TIMM",
             {
-                "NAME": Text("a network of timm.list_models()", timm.is_model),
+                "NAME": Text("a network of timm.list_models()"),
                 "OUTPUT_STRIDE": Whole(0, 64),
                 "OUT_INDICES": Several("at least one, rising", range(1, 1000), Whole(0, 1000)),
                 "PRETRAINED": _switch,

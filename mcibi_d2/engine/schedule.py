@@ -7,7 +7,8 @@ from detectron2.solver import build_lr_scheduler as build_detectron2s
 from fvcore.common.param_scheduler import ParamScheduler
 
 POLY = "WarmupPolyLR"
-SCHEDULES = (POLY, "WarmupMultiStepLR", "WarmupCosineLR", "WarmupStepWithFixedGammaLR")
+# Detectron2's WarmupStepWithFixedGammaLR ends every training in an IndexError, after its last step.
+SCHEDULES = (POLY, "WarmupMultiStepLR", "WarmupCosineLR")
 
 
 class PolyParamScheduler(ParamScheduler):

@@ -118,13 +118,7 @@ class TimmBackbone(Backbone):
             if value not in allowed:
                 choices = f"{', '.join(allowed[:-1])} or {allowed[-1]}"
                 raise InputError(f"MODEL.TIMM.{key} is {value!r}, expected {choices}")
-        if not timm.is_model(name):
-            # timm knows over a thousand: those that are closest, however far that is.
-            close = difflib.get_close_matches(name, timm.list_models(), n=5, cutoff=0)
-            raise InputError(
-                f"MODEL.TIMM.NAME is {name!r}, which timm {timm.__version__} does not know; "
-                f"close: {', '.join(close)}"
-            )
+        check_name(name)
         self.name = name
         out_indices = tuple(out_indices)
         net = _create(name, output_stride, out_indices, pretrained, drop_path, img_size)
@@ -368,6 +362,17 @@ class TimmBackbone(Backbone):
         return all(
             tuple(features[name].shape[2:]) == (-(-height // s.stride), -(-width // s.stride))
             for name, s in self._shapes.items()
+        )
+
+
+def check_name(name: str) -> None:
+    """Raise an :class:`InputError` with similar names for a network that timm does not know."""
+    if not timm.is_model(name):
+        # timm knows over a thousand: those that are closest, however far that is.
+        close = difflib.get_close_matches(name, timm.list_models(), n=5, cutoff=0)
+        raise InputError(
+            f"MODEL.TIMM.NAME is {name!r}, which timm {timm.__version__} does not know, expected "
+            f"one of timm.list_models(); close: {', '.join(close)}"
         )
 
 

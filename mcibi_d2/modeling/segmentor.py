@@ -66,8 +66,9 @@ class MCIBISegmentor(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.sem_seg_head = sem_seg_head
-        self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), False)
-        self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), False)
+        for name, values in (("pixel_mean", pixel_mean), ("pixel_std", pixel_std)):
+            values = torch.tensor(values, dtype=torch.float32)  # of whole numbers, too
+            self.register_buffer(name, values.view(-1, 1, 1), False)
         self.sliding = sliding
         self.released = released
         self.test_resize = test_resize

@@ -19,6 +19,16 @@ What each key may be; anything else is refused in one sentence before something 
 `python -m mcibi_d2.tools.config_keys > configs/KEYS.md`.
 """
 
+DETECTRON2 = (
+    "## Of Detectron2",
+    "",
+    "Its [documentation](https://detectron2.readthedocs.io/en/latest/modules/config.html) says "
+    "what they do.",
+    "",
+    "| key | may be | default |",
+    "|---|---|---|",
+)
+
 
 def keys_document() -> str:
     """The keys that this project adds, then those of Detectron2 that are checked, as Markdown."""
@@ -28,9 +38,7 @@ def keys_document() -> str:
     lines = [TITLE, "## Of this project", "", "| key | may be | default | |", "|---|---|---|---|"]
     for key in (key for key in TABLE if not _has(plain, key)):
         lines.append(f"{_row(key, cfg)} {_cell(comments[key])} |")
-    lines += ["", "## Of Detectron2", "", "Its [documentation]"
-              "(https://detectron2.readthedocs.io/en/latest/modules/config.html) says what they do.",
-              "", "| key | may be | default |", "|---|---|---|"]  # fmt: skip
+    lines += ["", *DETECTRON2]
     lines += [_row(key, cfg) for key in TABLE if _has(plain, key)]
     return "\n".join(lines) + "\n"
 
