@@ -240,6 +240,7 @@ def add_mcibi_config(cfg: CN) -> None:
 
     # --- Testing, beside Detectron2's keys.
     # whole: the image in one piece. slide: in windows, whose logits are averaged where they meet.
+    # Of a large image those of a few rows of windows alone are there at a time.
     cfg.TEST.INFERENCE = "whole"
     # True: where the authors' released code tests in another way, do as it does, for the same
     # numbers. Test images are resized by OpenCV (bilinear between four pixels, whatever they

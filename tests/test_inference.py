@@ -1,5 +1,7 @@
 """Whole images and sliding windows, logits and labels: what the model gives at test time."""
 
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -314,3 +316,37 @@ def test_mode_comes_from_the_config(tmp_path):
 def test_wrong_keys(tmp_path, key, value, said):
     with pytest.raises(InputError, match=said):
         check_config(make_tiny_cfg(tmp_path, key, value))
+
+
+@pytest.mark.parametrize("sliding", WINDOWS)
+@pytest.mark.parametrize("size", [{}, {"height": 131, "width": 99}, {"height": 20, "width": 30}])
+def test_windows_that_are_too_many_are_not_there_together(monkeypatch, sliding, size):
+    """A row of them at a time, each computed once, for the same labels; the first ones twice."""
+    monkeypatch.setattr("mcibi_d2.modeling.score_maps.CPU_BAND_BYTES", 4000)
+    x = {**image(91, 140), **size}
+    (scores,) = make(sliding)([x])
+    monkeypatch.setattr("mcibi_d2.modeling.segmentor.WINDOW_BYTES", 0)
+    model = make(sliding)
+    model.labels_only = True
+    kept, most, computed = weakref.WeakSet(), [0], [0]
+
+    def watch(module, inputs, output):
+        parts = list(output[0])
+        computed[0] += len(parts)
+        kept.add(output[0].untyped_storage())
+        most[0] = max(most[0], sum(storage.nbytes() for storage in kept))
+
+    model.sem_seg_head.register_forward_hook(watch)
+    (labels,) = model([x])
+    assert agree(labels["labels"], scores["sem_seg"])
+    tops, lefts = sliding.starts((91, 140))
+    first = min(sliding.batch_size, len(tops) * len(lefts))
+    assert computed[0] == len(tops) * len(lefts) + first
+    if size.get("height", 91) < 91:
+        return  # a row of the result is made of many of the image
+    height, width = sliding.window_on((91, 140))
+    window = CLASSES * height * width * 4
+    overlapping = -(-height // sliding.stride[0]) + 1
+    assert most[0] <= (overlapping * len(lefts) + 2 * first) * window
+    if len(tops) > 2 * overlapping:
+        assert most[0] < 0.7 * len(tops) * len(lefts) * window

@@ -24,6 +24,9 @@ from .sliding import SlidingWindow, WindowedMap
 # How a test image is taken: in one piece, or in windows.
 INFERENCES = ("whole", "slide")
 
+# The logits of more windows are not there together, but made row by row when they are needed.
+WINDOW_BYTES = 256 * 2**20
+
 
 @META_ARCH_REGISTRY.register()
 class MCIBISegmentor(nn.Module):
@@ -206,12 +209,29 @@ class MCIBISegmentor(nn.Module):
             for top in tops
             for left in lefts
         ]
-        parts = []
-        for start in range(0, len(windows), sliding.batch_size):
-            logits, padded = self._logits(windows[start : start + sliding.batch_size])
-            parts += logits.to("cpu" if sliding.accumulate_on_cpu else logits.device)
-        covered = (height, width) if self.released else tuple(padded.tensor.shape[-2:])
-        return WindowedMap(sliding, parts, covered, size, _out_size(x))
+        covered = (height, width)
+
+        def batches(first: int, stop: int) -> Iterator[list[Tensor]]:
+            nonlocal covered
+            for start in range(first, stop, sliding.batch_size):
+                logits, padded = self._logits(
+                    windows[start : min(stop, start + sliding.batch_size)]
+                )
+                covered = covered if self.released else tuple(padded.tensor.shape[-2:])
+                yield list(logits.to("cpu" if sliding.accumulate_on_cpu else logits.device))
+
+        parts: list[Tensor] = []
+        for batch in batches(0, len(windows)):
+            parts += batch
+            if parts[0].nbytes * len(windows) > WINDOW_BYTES:
+                break
+        else:
+            return WindowedMap(sliding, parts, covered, size, _out_size(x))
+
+        def row_of_windows(i: int) -> list[Tensor]:
+            return [x for batch in batches(i * len(lefts), (i + 1) * len(lefts)) for x in batch]
+
+        return WindowedMap(sliding, row_of_windows, covered, size, _out_size(x))
 
 
 def _out_size(x: dict) -> tuple[int, int]:

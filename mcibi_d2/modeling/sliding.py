@@ -1,5 +1,6 @@
 """Sliding windows: where they lie, what each counts, and the map that they make together."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -74,7 +75,9 @@ class WindowedMap(ScoreMap):
 
     Args:
         sliding: of which the windows are.
-        logits: (K, h, w) of each window, row by row of the grid of :meth:`SlidingWindow.starts`.
+        logits: (K, h, w) of each window, row by row of the grid of :meth:`SlidingWindow.starts`; or
+            what gives those of row i of the grid. It is called for each row when it is needed, and
+            they are let go when all is below them: once for each, if the map is read from above.
         padded_window: (H, W) that the logits of a window cover.
         size: (H, W) of the image that the windows cover.
         out_size: (height, width) that it is resized to.
@@ -83,21 +86,28 @@ class WindowedMap(ScoreMap):
     def __init__(
         self,
         sliding: SlidingWindow,
-        logits: list[Tensor],
+        logits: list[Tensor] | Callable[[int], list[Tensor]],
         padded_window: tuple[int, int],
         size: tuple[int, int],
         out_size: tuple[int, int],
     ):
-        super().__init__(len(logits[0]), out_size, logits[0].device)
+        tops, lefts = sliding.starts(size)
+        if callable(logits):
+            self._row_of_windows = logits
+        else:
+            self._row_of_windows = lambda i: logits[i * len(lefts) : (i + 1) * len(lefts)]
+        first = self._row_of_windows(0)
+        super().__init__(len(first[0]), out_size, first[0].device)
         self.probabilities = sliding.probabilities
         self._input_size = size
         self._window = sliding.window_on(size)
-        self._starts = sliding.starts(size)
+        self._starts = (tops, lefts)
         self._shares = [
             sliding.shares(*lengths).to(self.device)
             for lengths in zip(self._starts, self._window, size, strict=True)
         ]
-        self._maps = [ResizedMap(x, padded_window, self._window, self._window) for x in logits]
+        self._padded_window = padded_window
+        self._maps = {0: self._maps_of(first)}
         self._vertical, self._horizontal = (
             positions(length, length, length, out)
             for length, out in zip(size, out_size, strict=True)
@@ -112,18 +122,24 @@ class WindowedMap(ScoreMap):
         needed = self._input_rows(first, int(high[-1]) + 1)
         return resize_rows(needed, (low - first, high - first, weight), self._horizontal)
 
+    def _maps_of(self, row: list[Tensor]) -> list[ResizedMap]:
+        return [ResizedMap(x, self._padded_window, self._window, self._window) for x in row]
+
     def _input_rows(self, start: int, stop: int) -> Tensor:
         """Rows of the mean at the input's size, (K, stop - start, W)."""
         total = torch.zeros(
             (self.num_classes, stop - start, self._input_size[1]), device=self.device
         )
         (tops, lefts), (height, width) = self._starts, self._window
+        self._maps = {i: maps for i, maps in self._maps.items() if tops[i] + height > start}
         for i, top in enumerate(tops):
             first, last = max(start, top), min(stop, top + height)
             if first >= last:
                 continue
+            if i not in self._maps:
+                self._maps[i] = self._maps_of(self._row_of_windows(i))
             for j, left in enumerate(lefts):
-                part = self._maps[i * len(lefts) + j].rows(first - top, last - top)
+                part = self._maps[i][j].rows(first - top, last - top)
                 if self.probabilities:
                     part = part.softmax(dim=0)
                 share = self._shares[0][i, first - top : last - top, None] * self._shares[1][j]
