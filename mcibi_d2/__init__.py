@@ -13,11 +13,23 @@ if find_spec("detectron2") is None:
         "git+https://github.com/facebookresearch/detectron2.git` (compiles it)."
     )
 
-from . import modeling  # noqa: E402  registers the meta-architecture, the head and the backbone
+__version__ = "0.1.0"
+
+from . import (
+    config_files,  # noqa: E402  lets Detectron2 open mcibi_d2://...
+    modeling,  # noqa: E402  registers the meta-architecture, the head and the backbone
+)
 from .config import add_mcibi_config  # noqa: E402
 from .data import register_all_datasets  # noqa: E402
 from .errors import InputError  # noqa: E402
 
 register_all_datasets()
 
-__all__ = ["InputError", "add_mcibi_config", "modeling", "register_all_datasets"]
+__all__ = [
+    "InputError",
+    "__version__",
+    "add_mcibi_config",
+    "config_files",
+    "modeling",
+    "register_all_datasets",
+]

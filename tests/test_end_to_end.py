@@ -73,16 +73,6 @@ def test_camvid(tmp_path, real_data, mobilenet_weights):
     assert (tmp_path / "model_best.pth").is_file()
 
 
-def test_readmes_code_runs(tmp_path):
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len(blocks) == 3
-    for number, block in enumerate(blocks):
-        folder = tmp_path / str(number)
-        output = run("-c", block.replace("output/library", str(folder)))
-        assert (folder / "model_final.pth").is_file() == ("train()" in block)
-        assert "Error" not in output and "none was committed" not in output
-
-
 def test_detectron2s_model_zoo_works():
     """pyproject.toml keeps setuptools below 82, the first without what the model zoo imports."""
     code = (

@@ -17,12 +17,15 @@ ALLOWED = {
     "errors": set(),
     "files": {"errors"},
     "input_size": {"errors"},
+    "config_files": {"errors"},
     "convert": {"errors"},
+    "model_zoo": {"config_files", "engine", "errors"},
     "modeling": {"modeling", "input_size", "errors"},
     "data": {"data", "input_size", "errors"},
     "evaluation": {"evaluation", "modeling", "data", "errors", "files"},
     "visualization": {"visualization"},
     "engine": {
+        "config_files",
         "engine",
         "evaluation",
         "visualization",
@@ -34,7 +37,7 @@ ALLOWED = {
         "files",
     },
     "predict": {"config", "engine", "data", "modeling", "visualization", "errors"},
-    "__init__": {"config", "data", "errors", "modeling"},
+    "__init__": {"config_files", "config", "data", "errors", "modeling"},
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 

@@ -222,7 +222,7 @@ def test_tool_to_training_to_edited_config_to_training(tmp_path, argv):
     # Two processes, which are started and not forked.
     options = ["SOLVER.IMS_PER_BATCH", 2, "SOLVER.MAX_ITER", 2, "OUTPUT_DIR", tmp_path / "out",
                "DATALOADER.NUM_WORKERS", 0]  # fmt: skip
-    said = run("train_net.py", "--config-file", output, "--num-gpus", 2, *options)
+    said = run("-m", "mcibi_d2.tools.train", "--config-file", output, "--num-gpus", 2, *options)
     assert 0 < miou(said) <= 100
 
     text = output.read_text()

@@ -250,9 +250,9 @@ def test_every_process_says_the_same_of_a_bad_loss(tmp_path):
 # --- real processes, from the command line
 
 
-def command(folder, *options, program=(sys.executable,), flags=()):
+def command(folder, *options, program=(sys.executable,), flags=(), train=()):
     return [
-        *program, str(ROOT / "train_net.py"),
+        *program, *(train or [str(ROOT / "train_net.py")]),
         "--config-file", str(ROOT / "configs/scenes/mcibi_tiny.yaml"), *flags,
         "OUTPUT_DIR", str(folder), "SOLVER.IMS_PER_BATCH", "2", "INPUT.CROP.SIZE", "(65,97)",
         "MODEL.SEM_SEG_HEAD.CONVS_DIM", "16", "MODEL.MCIBI.ATTENTION_DIM", "8",
@@ -296,7 +296,8 @@ def test_two_processes_by_detectron2s_launcher_and_by_torchrun(tmp_path):
     assert spawned.returncode == 0, spawned.stderr[-2000:]
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
                 "--master-port", "0", "--standalone")  # fmt: skip
-    run = call(tmp_path / "torchrun", "SOLVER.MAX_ITER", "3", program=torchrun)
+    module = ("-m", "mcibi_d2.tools.train")
+    run = call(tmp_path / "torchrun", "SOLVER.MAX_ITER", "3", program=torchrun, train=module)
     assert run.returncode == 0, run.stderr[-2000:]
     assert_equal_models(tmp_path / "spawned/model_final.pth", tmp_path / "torchrun/model_final.pth")
 

@@ -13,6 +13,7 @@ from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.utils.file_io import PathManager
 
+from ..config_files import read_config
 from ..data.augmentation import CROP_TYPES
 from ..data.classes import Classes
 from ..data.datasets import check_registered, load_records
@@ -35,8 +36,9 @@ def merge_file(cfg: CfgNode, path: str, older: bool = False) -> None:
         InputError: naming the file, the key, its value and what was expected.
     """
     try:
-        # Detectron2's own default lets a file run code.
-        values = CfgNode.load_yaml_with_base(path, allow_unsafe=False)
+        values = read_config(path)
+    except InputError as error:
+        raise InputError(f"{path}: _BASE_: {error}") from error
     except OSError as error:
         raise InputError(f"{path}: {error.filename}: {error.strerror}") from error
     except RecursionError as error:

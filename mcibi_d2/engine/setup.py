@@ -8,6 +8,7 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.engine import default_argument_parser
 
 from ..config import add_mcibi_config
+from ..config_files import find_config_file
 from ..data import register_own_dataset
 from ..errors import InputError
 from .checkpoint import check_weights_exist, files_of_a_run
@@ -20,7 +21,8 @@ def load_config(config_file: str = "", options: list[str] | None = None) -> CfgN
     The data set that ``DATASETS.OWN`` describes is registered.
 
     Args:
-        config_file: YAML; "" for none.
+        config_file: YAML; "" for none. One that is not there is looked for among this project's:
+            ``ade20k/mcibi_R50.yaml``.
         options: keys and values in turn.
 
     Raises:
@@ -29,9 +31,7 @@ def load_config(config_file: str = "", options: list[str] | None = None) -> CfgN
     cfg = get_cfg()
     add_mcibi_config(cfg)
     if config_file:
-        if not os.path.isfile(config_file):
-            raise InputError(f"--config-file {config_file}: no such file")
-        merge_file(cfg, config_file)
+        merge_file(cfg, find_config_file(config_file))
     merge_options(cfg, options or [])
     register_own_dataset(cfg)
     return cfg
@@ -94,11 +94,14 @@ def setup(args: argparse.Namespace) -> CfgNode:
     """The frozen config of a command line, checked against the machine and the data.
 
     Args:
-        args: of :func:`argument_parser`, or of Detectron2's ``default_argument_parser``.
+        args: of :func:`argument_parser`, or of Detectron2's ``default_argument_parser``;
+            ``config_file`` becomes the path of the file that was found.
 
     Raises:
         InputError: in one sentence, what is wrong.
     """
+    if args.config_file:
+        args.config_file = find_config_file(args.config_file)
     cfg = load_config(args.config_file, args.opts)
     resuming = args.resume and os.path.isfile(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint"))
     if args.eval_only or resuming:

@@ -87,9 +87,14 @@ def _comments() -> dict[str, str]:
     return comments
 
 
+def make_parser() -> ToolParser:
+    """The command line."""
+    return ToolParser("config_keys", __doc__)
+
+
 def main() -> None:
     """Print the document."""
-    ToolParser("config_keys", __doc__).parse_args()
+    make_parser().parse_args()
     print(keys_document(), end="")
 
 

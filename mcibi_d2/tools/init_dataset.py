@@ -25,6 +25,7 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 from mcibi_d2 import InputError
+from mcibi_d2.config_files import find_config_file, portable_name
 from mcibi_d2.data import read_image
 from mcibi_d2.data.classes import palette
 from mcibi_d2.data.datasets import data_root
@@ -42,8 +43,7 @@ from mcibi_d2.data.pairs import Pair, find_pairs, guess_suffixes
 from mcibi_d2.engine import load_config
 from mcibi_d2.tools.command import ToolParser, run_tool
 
-CHECKOUT = Path(__file__).resolve().parents[2]
-BASE = CHECKOUT / "configs" / "ade20k" / "mcibi_R50.yaml"
+BASE = "ade20k/mcibi_R50.yaml"
 # More values than this are no classes.
 MOST_CLASSES = 1024
 # Released codes and the paper train ADE20K for 130 epochs; of a small set that is too little.
@@ -727,7 +727,8 @@ def init_dataset(args: argparse.Namespace) -> None:
         raise InputError(f"{args.output}: exists already, expected a new file, or --force")
     if not args.output.parent.is_dir():
         raise InputError(f"{args.output.parent}: no such folder, for --output")
-    base_cfg = load_config(str(args.base))
+    base = find_config_file(args.base)
+    base_cfg = load_config(base)
     own = base_cfg.DATASETS.OWN
     if own.NAME:
         raise InputError(f"--base {args.base}: has a data set of its own, expected a model alone")
@@ -813,25 +814,24 @@ def init_dataset(args: argparse.Namespace) -> None:
     for sentence in said:
         print(sentence)
 
-    base = Path(os.path.abspath(args.base))
-    folder = Path(os.path.abspath(args.output)).parent
-    if folder.is_relative_to(CHECKOUT) and base.is_relative_to(CHECKOUT):
-        base = os.path.relpath(base, folder)
     total = sum(labels.pixels.values())
     kind = "color" if labels.in_color else "value"
     notes = [
         f"{kind} {_text(x)}, {100 * labels.pixels[x] / total:.3g} % of pixels" for x in classes
     ]
-    text = write_config(own, str(base), base_cfg, len(train), sizes, notes, wrong, white_level)
+    text = write_config(
+        own, portable_name(base), base_cfg, len(train), sizes, notes, wrong, white_level
+    )
     _write(args.output, text)
     fits = base_cfg.MODEL.DEVICE == "cpu" or torch.cuda.is_available()
     print(
         f"\nWrote {args.output}: {len(classes)} classes, {len(train)} images to train on, "
         f"{len(val)} to evaluate on. Edit names, colors and schedule in it; next type:\n"
-        f"python train_net.py --config-file {args.output}" + ("" if fits else " MODEL.DEVICE cpu")
+        f"python -m mcibi_d2.tools.train --config-file {args.output}"
+        + ("" if fits else " MODEL.DEVICE cpu")
     )
     if not fits:
-        print("On a CPU, --base configs/camvid/mcibi_MobileNetV2.yaml is a smaller network.")
+        print("On a CPU, --base camvid/mcibi_MobileNetV2.yaml is a smaller network.")
 
 
 def _write(output: Path, text: str) -> None:
@@ -885,7 +885,9 @@ def make_parser() -> ToolParser:
         "--threshold", type=int, metavar="VALUE",
         help="or: two classes, of the values (of colors, their brightness) below it, and others",
     )  # fmt: skip
-    parser.add_argument("--base", type=Path, default=BASE, help="config of the model and recipe")
+    parser.add_argument(
+        "--base", default=BASE, metavar="FILE", help=f"config of the model and recipe ({BASE})"
+    )
     parser.add_argument("--force", action="store_true", help="overwrite the config")
     return parser
 

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from mcibi_d2 import InputError
+from mcibi_d2.config_files import find_config_file, read_config
 from mcibi_d2.data import build_labelled_loader, register_own_dataset
 from mcibi_d2.engine import load_config
 from mcibi_d2.engine.checkpoint import check_weights_exist
@@ -46,7 +47,7 @@ def class_names(config_file: str, num_classes: int) -> list[str]:
     """
     numbers = [str(k) for k in range(num_classes)]
     try:
-        datasets = CfgNode.load_yaml_with_base(config_file)["DATASETS"]
+        datasets = read_config(find_config_file(config_file))["DATASETS"]
         cfg = load_config()
         cfg.DATASETS.merge_from_other_cfg(CfgNode(datasets))
         register_own_dataset(cfg)

@@ -24,16 +24,16 @@ from tqdm import tqdm
 from mcibi_d2.data import scenes
 from mcibi_d2.engine import Trainer, load_config
 from mcibi_d2.engine.setup import check_config
+from mcibi_d2.model_zoo import get_config_file
 from mcibi_d2.tools.command import ToolParser, run_tool
 from mcibi_d2.tools.report import NAME as REPORT
 from mcibi_d2.tools.report import write_report
 from mcibi_d2.visualization import comparison_sheet
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "scenes"
 RUNS = {
-    "FCN": ("fcn_tiny.yaml", []),
-    "FCN + MCIBI": ("mcibi_tiny.yaml", []),
-    "zero memory": ("mcibi_tiny.yaml", ["MODEL.MCIBI.MEMORY.UPDATE", "zero"]),
+    "FCN": ("scenes/fcn_tiny.yaml", []),
+    "FCN + MCIBI": ("scenes/mcibi_tiny.yaml", []),
+    "zero memory": ("scenes/mcibi_tiny.yaml", ["MODEL.MCIBI.MEMORY.UPDATE", "zero"]),
 }
 # Often enough for the report to show how the runs get there.
 EVALUATION = ["TEST.EVAL_PERIOD", "100"]
@@ -124,7 +124,7 @@ def main() -> None:
     for name, (config, options) in RUNS.items():
         folder = args.output / name.lower().replace(" ", "_").replace("+", "and")
         options = [*options, *EVALUATION, "OUTPUT_DIR", str(folder), *args.opts]
-        configs[name] = load_config(str(CONFIGS / config), options)
+        configs[name] = load_config(get_config_file(config), options)
         check_config(configs[name])
         (folder / "config.yaml").write_text(configs[name].dump())
     print(f"Training {len(RUNS)} small networks on generated scenes, on the CPU.", flush=True)
@@ -152,7 +152,7 @@ def main() -> None:
     python = os.path.relpath(sys.executable)
     print(
         f"\nLook at {args.output}/scenes.png and {args.output}/results.txt; next type: "
-        f"{python} train_net.py --config-file configs/scenes/mcibi_tiny.yaml"
+        f"{python} -m mcibi_d2.tools.train --config-file scenes/mcibi_tiny.yaml"
         f"\nThe report, for a browser: {args.output}/{REPORT}"
     )
 

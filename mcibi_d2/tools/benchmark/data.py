@@ -31,8 +31,7 @@ from mcibi_d2 import InputError
 from mcibi_d2.data import SemSegMapper, build_train_loader, read_image, scenes
 from mcibi_d2.data.augmentation import RandomScale
 from mcibi_d2.engine import load_config
-
-CONFIGS = Path(__file__).resolve().parents[3] / "configs"
+from mcibi_d2.model_zoo import get_config_file
 
 
 @dataclass(frozen=True)
@@ -202,7 +201,7 @@ def loader_rate(cfg: CfgNode, count: int) -> float:
 def measure(name: str, count: int, workers: int) -> dict:
     """Everything about one pipeline, as plain data."""
     pipeline = PIPELINES[name]
-    cfg = load_config(str(CONFIGS / pipeline.config), ["MODEL.DEVICE", "cpu"])
+    cfg = load_config(get_config_file(pipeline.config), ["MODEL.DEVICE", "cpu"])
     with data_set(pipeline, cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES, 24) as (dataset, real):
         cfg.DATASETS.TRAIN = (dataset,)
         cfg.DATALOADER.NUM_WORKERS = workers

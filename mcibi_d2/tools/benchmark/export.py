@@ -18,8 +18,7 @@ from mcibi_d2.modeling import MCIBISegmentor
 from .. import export
 from .measure import median_seconds
 
-CONFIGS = Path(__file__).resolve().parents[3] / "configs"
-DEFAULTS = (CONFIGS / "ade20k" / "mcibi_R50.yaml", CONFIGS / "camvid" / "mcibi_MobileNetV2.yaml")
+DEFAULTS = ("ade20k/mcibi_R50.yaml", "camvid/mcibi_MobileNetV2.yaml")
 BATCHES = ((1, (512, 512)), (1, (333, 500)))
 
 
@@ -47,7 +46,7 @@ def benchmark_export(args: argparse.Namespace) -> dict:
     results = {"torch": torch.__version__, "threads": torch.get_num_threads(), "cases": []}
     for config_file in args.config_file or DEFAULTS:
         print(f"measuring {config_file}", file=sys.stderr)
-        cfg, model = make_model(str(config_file), args.opts)
+        cfg, model = make_model(config_file, args.opts)
         export.check_exportable(cfg, "onnx")
         module = export.ImagesToLogits(model, cfg.INPUT.FORMAT, "RGB").eval()
         module.requires_grad_(False)

@@ -26,7 +26,6 @@ from mcibi_d2.modeling.attention import RowAttention
 
 from .measure import extra_peak, median_seconds, shown, wait
 
-CONFIG = Path(__file__).resolve().parents[3] / "configs" / "ade20k" / "mcibi_R50.yaml"
 MOMENTUM = 0.9
 
 
@@ -380,7 +379,10 @@ def add_commands(parts) -> list[argparse.ArgumentParser]:
     memory.add_argument("--repeats", type=int, default=25, help="of each update (25)")
     memory.add_argument("--steps", type=int, default=3, help="training steps that are timed (3)")
     memory.add_argument("--no-step", action="store_true", help="leave the training step out")
-    memory.add_argument("--config-file", default=str(CONFIG), help="of the training step")
+    memory.add_argument(
+        "--config-file", default="ade20k/mcibi_R50.yaml", metavar="FILE",
+        help="config of the training step (ade20k/mcibi_R50.yaml)",
+    )  # fmt: skip
     memory.add_opts("MODEL.MCIBI.CONTEXT aspp")
     memory.set_defaults(run=benchmark_memory)
     attention = parts.add_parser("attention", help="reading the memory")

@@ -16,18 +16,18 @@ from detectron2.modeling import build_model
 from tabulate import tabulate
 
 from mcibi_d2.engine import load_config
+from mcibi_d2.model_zoo import get_config_file
 from mcibi_d2.predict import Predictor
 
 from .measure import median_seconds, shown
 
-CONFIGS = Path(__file__).resolve().parents[3] / "configs"
 MODELS = ("camvid/mcibi_MobileNetV2.yaml", "ade20k/mcibi_R50.yaml")
 
 
 def make_predictor(config: str, device: str, batch: int) -> Predictor:
     """Of a config's network with random weights, at the size of the images themselves."""
     options = ["MODEL.DEVICE", device, "MODEL.TIMM.PRETRAINED", "False", "INPUT.MIN_SIZE_TEST", "0"]
-    cfg = load_config(str(CONFIGS / config), options)
+    cfg = load_config(get_config_file(config), options)
     with tempfile.TemporaryDirectory() as folder:
         cfg.MODEL.WEIGHTS = str(Path(folder) / "weights.pth")
         torch.manual_seed(0)
