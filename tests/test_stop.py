@@ -84,7 +84,10 @@ def test_stopped_by_a_signal_and_resumed_equals_unbroken(tmp_path, log, number, 
 def test_stopped_in_an_evaluation_which_the_resumed_run_makes_up_for(
     tmp_path, three_scenes, monkeypatch
 ):
-    options = [*three_scenes, "TEST.EVAL_PERIOD", "2", "INPUT.MIN_SIZE_TEST", "48"]
+    options = [
+        *three_scenes, "TEST.EVAL_PERIOD", "2", "INPUT.MIN_SIZE_TEST", "48",
+        "TEST.VIS_IMAGES", "0", "MODEL.MCIBI.MEMORY.INIT", "first_batch_mean",
+    ]  # fmt: skip
     cfg = make_tiny_cfg(tmp_path / "broken", *options)
     process, counted = SemSegEvaluator.process, []
 
