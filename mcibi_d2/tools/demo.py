@@ -120,6 +120,8 @@ class Demo:
         self, images: list[np.ndarray], fixed_size: bool
     ) -> Iterator[tuple[np.ndarray, ...]]:
         """Picture with legend, label map and confidence (0..255) of each of some BGR images."""
+        if not images:
+            return
         with self.clock("model"):
             found = self.predictor.predict(images)
         for image, (labels, scores) in zip(images, found, strict=True):
