@@ -3,6 +3,7 @@
 import multiprocessing
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
@@ -55,20 +56,9 @@ def extra_peak(call: Callable, make: Callable, small, case, device: str) -> floa
 def _measure_peak(call: Callable, make: Callable, small, case, device: str) -> float | None:
     call(*make(small, device))  # libraries load on first use
     arguments = make(case, device)
-    if device.startswith("cuda"):
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        call(*arguments)
-        return (torch.cuda.max_memory_allocated(device) - before) / MIB
-    try:
-        Path("/proc/self/clear_refs").write_text(
-            "5", encoding="utf-8"
-        )  # the peak is counted from here
-        before = status("VmRSS")
-        call(*arguments)
-        return (status("VmHWM") - before) / MIB
-    except (OSError, KeyError):
-        return None  # not Linux
+    before = _start_peak(device)
+    call(*arguments)
+    return None if before is None else (_peak(device) - before) / MIB
 
 
 def growth(call: Callable, make: Callable, case, device: str, first: int, last: int):
@@ -119,6 +109,106 @@ def _in_a_fresh_process(function: Callable, *args):
 def _answer(function: Callable, args: tuple, threads: int, results) -> None:
     torch.set_num_threads(threads)
     results.put(function(*args))
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was found of one of several sides.
+
+    Attributes:
+        seconds: of each call, without the first.
+        peak_mib: the largest extra memory; None where it cannot be told.
+        result: of the last call.
+    """
+
+    seconds: list[float]
+    peak_mib: float | None
+    result: object
+
+    @property
+    def median(self) -> float:
+        """Of the seconds."""
+        return median(self.seconds)
+
+
+def take_turns(
+    sides: dict[str, Callable], args: tuple, device: str, repeats: int, whole: bool = False
+) -> dict[str, Measured]:
+    """Measure several sides in turn, each in a process of its own.
+
+    Args:
+        sides: by name, what makes a call from ``args`` and the device. The call takes nothing, and
+            what it returns can be sent to another process.
+        args: sizes and the like.
+        device: to run on.
+        repeats: calls that are timed, after one that is not.
+        whole: count what is made before the calls (a model) as well, not the calls alone.
+    """
+    context = multiprocessing.get_context("spawn")
+    pipes, processes = {}, []
+    try:
+        for name, make in sides.items():
+            pipes[name], other = context.Pipe()
+            arguments = (other, make, args, device, torch.get_num_threads(), whole)
+            processes.append(context.Process(target=_serve, args=arguments, daemon=True))
+            processes[-1].start()
+            other.close()  # so that it is noticed here when the process ends
+        answers = {name: [] for name in sides}
+        for _ in range(repeats + 1):
+            for name, pipe in pipes.items():
+                pipe.send(None)
+                answers[name].append(pipe.recv())
+    except (EOFError, ConnectionError) as error:
+        raise RuntimeError(f"the process that measures {name!r} ended before its time") from error
+    finally:
+        for process in processes:
+            process.terminate()
+            process.join()
+    found = {}
+    for name, calls in answers.items():
+        seconds, peaks, results = zip(*calls, strict=True)
+        peak = None if None in peaks else max(peaks)
+        found[name] = Measured(list(seconds[1:]), peak, results[-1])
+    return found
+
+
+def _serve(pipe, make: Callable, args: tuple, device: str, threads: int, whole: bool) -> None:
+    """Make the call, then make it each time something comes through the pipe."""
+    torch.set_num_threads(threads)
+    before = _start_peak(device) if whole else None
+    call = make(*args, device)
+    if not whole:
+        before = _start_peak(device)
+    while True:
+        try:
+            pipe.recv()
+        except EOFError:
+            return
+        start = time.perf_counter()
+        result = call()
+        wait(device)
+        seconds = time.perf_counter() - start
+        peak = None if before is None else (_peak(device) - before) / MIB
+        pipe.send((seconds, peak, result))
+
+
+def _start_peak(device: str) -> int | None:
+    """Begin to look for the peak; returns what is held now, None where it cannot be told."""
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device)
+    try:
+        # The peak is counted from here.
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
+        return status("VmRSS")
+    except (OSError, KeyError):
+        return None  # not Linux
+
+
+def _peak(device: str) -> int:
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated(device)
+    return status("VmHWM")
 
 
 def shown(value: float | None, form: str) -> str:
