@@ -78,6 +78,11 @@ def add_mcibi_config(cfg: CN) -> None:
     # Rows per class. With more than one, each has an attention block of its own (released option).
     cfg.MODEL.MCIBI.MEMORY.SLOTS = 1
 
+    # --- Of every backbone.
+    # Keep the inputs of its blocks only and compute what is in them again for the backward pass:
+    # less memory, more time (mcibi_d2/modeling/README.md says how much of each).
+    cfg.MODEL.BACKBONE.CHECKPOINTING = False
+
     # --- The backbone `build_timm_backbone`.
     cfg.MODEL.TIMM = CN()
     # Any name of timm.list_models() that has features.

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from conftest import make_tiny_cfg
 from detectron2.modeling import build_model
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mcibi_d2.modeling import MCIBISegmentor
 from mcibi_d2.modeling.resize import resize_logits
@@ -37,6 +38,42 @@ def test_trains_on_any_size(tmp_path, enabled, size):
     losses = model(batch)
     sum(losses.values()).backward()
     assert all(p.grad is not None for p in model.parameters())
+
+
+class _Copies(TorchDispatchMode):
+    """The shapes of tensors that are copied into another layout or place."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if function in (torch.ops.aten.clone.default, torch.ops.aten.copy_.default):
+            self.shapes.append(tuple(result.shape))
+        return result
+
+
+def test_a_training_step_copies_no_weight_gradient_and_no_map(tmp_path):
+    model = build_model(make_tiny_cfg(tmp_path)).train()
+    weights = [p for p in model.parameters() if p.dim() == 4 and p.shape[1] > 1]
+    assert any(p.is_contiguous(memory_format=torch.channels_last) for p in weights)
+    memory = model.sem_seg_head.memory
+    memory.initialize(torch.rand_like(memory.rows), torch.ones_like(memory.initialized))
+    batch = images((64, 96), (64, 96))
+    for x in batch:
+        x["sem_seg"] = torch.randint(0, 16, x["image"].shape[1:])
+    maps = []
+    model.sem_seg_head.attention.register_forward_hook(lambda _, inputs, out: maps.extend(inputs))
+    with _Copies() as copies:
+        sum(model(batch).values()).backward()
+    of_weights = {tuple(p.shape) for p in weights if p[0, 0].numel() > 1}
+    assert not of_weights & set(copies.shapes)
+    for map_ in maps:
+        assert map_.is_contiguous(memory_format=torch.channels_last)
+        n, _, h, w = map_.shape
+        # Query, key and value: (N, 1, hw, 8).
+        assert (n, 1, h * w, 8) not in copies.shapes
 
 
 def test_result_has_the_asked_size(model):

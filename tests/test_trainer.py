@@ -1,3 +1,4 @@
+import copy
 import json
 import logging
 import os
@@ -16,6 +17,7 @@ from PIL import Image
 
 from mcibi_d2 import InputError
 from mcibi_d2.engine import Trainer, argument_parser, setup
+from mcibi_d2.engine.train_step import TrainStep
 
 
 def assert_equal_models(path, other):
@@ -590,3 +592,19 @@ def test_skipped_samples_are_counted_on_after_resuming(tmp_path, camvid_with_a_b
         trainer.resume_or_load(resume=True)
         trainer.train()
         assert trainer._trainer.skipped.total() == int(iterations) // 2
+
+
+def test_momentum_from_a_file_lies_in_memory_as_the_weights_do():
+    convolution = torch.nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(convolution.parameters(), lr=0.1, momentum=0.9)
+    convolution(torch.randn(1, 3, 5, 5)).square().sum().backward()
+    optimizer.step()
+    step = TrainStep(convolution, [], optimizer)
+    state = copy.deepcopy(step.state_dict())
+    weight = convolution.weight
+    saved = optimizer.state[weight]["momentum_buffer"].clone()
+    state["optimizer"]["state"][0]["momentum_buffer"] = saved.contiguous()
+    step.load_state_dict(state)
+    momentum = optimizer.state[weight]["momentum_buffer"]
+    assert torch.equal(momentum, saved)
+    assert momentum.stride() == weight.stride() != saved.contiguous().stride()

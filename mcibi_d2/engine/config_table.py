@@ -273,6 +273,7 @@ TABLE: dict[str, Rule] = dict(
                 ),
                 "BACKBONE.NAME": Choice(BACKBONE_REGISTRY),
                 "BACKBONE.FREEZE_AT": Whole(0, 5),
+                "BACKBONE.CHECKPOINTING": _switch,
             },
         ),
         *_section(

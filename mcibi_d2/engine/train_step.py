@@ -161,6 +161,12 @@ class TrainStep(SimpleTrainer):
     def load_state_dict(self, state_dict: dict) -> None:
         """Restore the optimiser, the gradient scaler, and what was skipped."""
         super().load_state_dict(state_dict)
+        for parameter, state in self.optimizer.state.items():
+            for name, value in state.items():
+                # A fused step takes for granted that both lie in memory in the same order, which
+                # in files of another version or machine they need not.
+                if torch.is_tensor(value) and value.shape == parameter.shape and value.dim() > 1:
+                    state[name] = torch.empty_like(parameter.detach()).copy_(value)
         self.skipped = Counter(state_dict.get("skipped", {}))
         if self._scaler.is_enabled() and "grad_scaler" in state_dict:
             self._scaler.load_state_dict(state_dict["grad_scaler"])

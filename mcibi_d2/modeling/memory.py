@@ -325,8 +325,9 @@ def _gather(rows: Tensor, initialized: Tensor, probabilities: Tensor, renormaliz
     if renormalize:
         total = weights.sum(dim=1, keepdim=True)
         weights = weights / total.clamp_min(torch.finfo(weights.dtype).tiny)
-    gathered = rows.t().to(weights.dtype) @ weights.flatten(2)
-    return gathered.unflatten(2, probabilities.shape[-2:])
+    # With the channels last, as the network has them.
+    gathered = weights.flatten(2).transpose(1, 2) @ rows.to(weights.dtype)
+    return gathered.transpose(1, 2).unflatten(2, probabilities.shape[-2:])
 
 
 def _unit_rows(rows: Tensor) -> Tensor:

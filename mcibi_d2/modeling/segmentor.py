@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..input_size import build_test_resize
+from .checkpointing import checkpoint_blocks
 from .score_maps import ResizedMap, ScoreMap
 from .sliding import SlidingWindow, WindowedMap
 
@@ -52,6 +53,8 @@ class MCIBISegmentor(nn.Module):
             and do not have this size yet. From a config it is ``INPUT.FIXED_SIZE_TEST`` of
             ``INPUT.TEST_RESIZE fixed``, which ``DefaultPredictor`` and Detectron2's mapper do not
             know; they bring images to ``shortest_edge`` themselves.
+        checkpointing: keep less of the backbone for the backward pass, and compute it again, see
+            :func:`mcibi_d2.modeling.checkpointing.checkpoint_blocks`.
     """
 
     @configurable
@@ -65,6 +68,7 @@ class MCIBISegmentor(nn.Module):
         sliding: SlidingWindow | None = None,
         released: bool = False,
         test_resize: T.Augmentation | None = None,
+        checkpointing: bool = False,
     ):
         super().__init__()
         self.backbone = backbone
@@ -76,6 +80,9 @@ class MCIBISegmentor(nn.Module):
         self.released = released
         self.test_resize = test_resize
         self.labels_only = False
+        _lay_out(self)
+        if checkpointing:
+            checkpoint_blocks(backbone)
 
     @classmethod
     def from_config(cls, cfg) -> dict:
@@ -98,6 +105,7 @@ class MCIBISegmentor(nn.Module):
             "sliding": sliding if cfg.TEST.INFERENCE == "slide" else None,
             "released": cfg.TEST.RELEASED,
             "test_resize": test_resize if cfg.INPUT.TEST_RESIZE == "fixed" else None,
+            "checkpointing": cfg.MODEL.BACKBONE.CHECKPOINTING,
         }
 
     @property
@@ -232,6 +240,18 @@ class MCIBISegmentor(nn.Module):
             return [x for batch in batches(i * len(lefts), (i + 1) * len(lefts)) for x in batch]
 
         return WindowedMap(sliding, row_of_windows, covered, size, _out_size(x))
+
+
+def _lay_out(module: nn.Module) -> None:
+    """Give the weights of convolutions the layout of the images, see ``preprocess``.
+
+    Their gradients come in it, and would be copied into another one in every training step. Values
+    and shapes are the same.
+    """
+    for parameter in module.parameters():
+        # Of a single position or channel, the layouts are one.
+        if parameter.dim() == 4 and parameter.shape[1] > 1 and parameter[0, 0].numel() > 1:
+            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
 
 
 def _out_size(x: dict) -> tuple[int, int]:
