@@ -35,7 +35,13 @@ def keys_document() -> str:
     plain, cfg = get_cfg(), get_cfg()
     add_mcibi_config(cfg)
     comments = _comments()
-    lines = [TITLE, "## Of this project", "", "| key | may be | default | |", "|---|---|---|---|"]
+    lines = [
+        TITLE,
+        "## Of this project",
+        "",
+        "| key | may be | default | what it does |",
+        "|---|---|---|---|",
+    ]
     for key in (key for key in TABLE if not _has(plain, key)):
         lines.append(f"{_row(key, cfg)} {_cell(comments[key])} |")
     lines += ["", *DETECTRON2]
