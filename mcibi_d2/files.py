@@ -5,6 +5,7 @@ in this package that reads one reads it here.
 """
 
 import io
+import math
 import pickle
 import re
 from collections import OrderedDict
@@ -148,7 +149,11 @@ def _known() -> dict[tuple[str, str], Callable]:
 
         def __setstate__(self, state: tuple) -> None:
             shape, dtype, fortran, data = state[-4:]
-            super().__setstate__((1, shape, _type(dtype), bool(fortran), data))
+            dtype = _type(dtype)
+            # Python's integers, which no shape makes overflow.
+            if min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize != len(data):
+                raise ValueError(f"{len(data)} bytes for an array of shape {shape}")
+            super().__setstate__((1, shape, dtype, bool(fortran), data))
 
     def _type(dtype: object) -> np.dtype:
         code = dtype.code if isinstance(dtype, DType) else dtype
@@ -156,6 +161,11 @@ def _known() -> dict[tuple[str, str], Callable]:
         if not (isinstance(code, str) and _NUMBERS.fullmatch(code)):
             raise _Refused(f"an array of type {code!r}, no numbers")
         return np.dtype(code).newbyteorder(dtype.order)
+
+    def ndarray(*_) -> None:
+        # It is an argument of `reconstruct`. The class itself makes arrays of objects, too, and
+        # out of bytes, which it then takes for the addresses of objects.
+        raise _Refused("a call of numpy.ndarray")
 
     def reconstruct(*_) -> np.ndarray:
         return Array((0,), np.int8)
@@ -176,18 +186,22 @@ def _known() -> dict[tuple[str, str], Callable]:
     def empty_bytes() -> bytes:
         return b""
 
-    def rebuild_tensor(*args) -> torch.Tensor:
-        return torch._utils._rebuild_tensor_v2(*args)
+    def rebuild_tensor(storage, offset, size, stride, *_) -> torch.Tensor:
+        # Without the hooks, which may come behind.
+        return torch._utils._rebuild_tensor(storage, offset, size, stride)
 
     def rebuild_parameter(data: torch.Tensor, *_) -> torch.Tensor:
         return data
 
     def load_from_bytes(data: bytes) -> object:
+        if data.startswith(b"PK"):
+            # PyTorch writes storages in its old form, and might take a zip for TorchScript.
+            raise _Refused("a storage that is a zip")
         return _load_weights(io.BytesIO(data))
 
     return {
         ("collections", "OrderedDict"): OrderedDict,
-        ("numpy", "ndarray"): Array,
+        ("numpy", "ndarray"): ndarray,
         ("numpy", "dtype"): DType,
         ("numpy.core.multiarray", "_reconstruct"): reconstruct,
         ("numpy.core.multiarray", "scalar"): scalar,

@@ -73,7 +73,10 @@ def forms(mark):
         "dotted": b"\x80\x04\x8c\x05numpy\x8c\x08os.mkdir\x93\x8c"
         + struct.pack("B", len(folder)) + folder + b"\x85R.",
         "storage": pickle.dumps(Storage(pickle.dumps(mark))),
-        "storage by torch": pickle.dumps(Storage(saved(mark))),
+        "storage by torch": pickle.dumps(Storage(saved(mark, _use_new_zipfile_serialization=False))),
+        "storage by script": pickle.dumps(Storage(script())),
+        # numpy makes arrays of objects out of bytes, which are their addresses then.
+        "addresses": b"cnumpy\nndarray\n((K\x01tS'O'\nC\x08" + bytes(8) + b"tR.",
         "getattr": b"c__builtin__\neval\n(S'__import__(\"os\").mkdir(\"" + folder + b"\")'\ntR.",
         "tar": tar(pickle.dumps(mark)),
     }  # fmt: skip
@@ -85,6 +88,12 @@ class Storage:
 
     def __reduce__(self):
         return torch.storage._load_from_bytes, (self.data,)
+
+
+def script():
+    file = io.BytesIO()
+    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), file)
+    return file.getvalue()
 
 
 def tar(data):
@@ -147,6 +156,8 @@ def test_nothing_in_a_file_is_run(tmp_path):
         ("os.mkdir", "os\\.mkdir"),
         ("npy", "Object arrays"),
         ("storage by torch", "(posix|nt)\\.mkdir"),
+        ("storage by script", "a storage that is a zip"),
+        ("addresses", "a call of numpy\\.ndarray"),
     ],
 )  # fmt: skip
 def test_what_is_refused_is_named(tmp_path, form, thing):
@@ -157,9 +168,20 @@ def test_what_is_refused_is_named(tmp_path, form, thing):
 
 
 def test_torchscript_is_code_and_is_refused(tmp_path):
-    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), str(tmp_path / "x.pth"))
+    (tmp_path / "x.pth").write_bytes(script())
     with pytest.raises(InputError, match=r"x\.pth: .*TorchScript"):
         read_data(str(tmp_path / "x.pth"))
+
+
+@pytest.mark.parametrize("shape", [(2**33, 2**33), (-1, -8), (3,), (2**61,)])
+def test_arrays_are_as_large_as_their_bytes(tmp_path, shape):
+    (tmp_path / "x.pkl").write_bytes(
+        b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(I0\ntS'b'\ntR(I1\n("
+        + b"".join(b"L%dL\n" % size for size in shape)
+        + b"tcnumpy\ndtype\n(S'u1'\ntRI00\nS'12345678'\ntb."
+    )
+    with pytest.raises(InputError, match=r"8 bytes for an array of shape"):
+        read_data(str(tmp_path / "x.pkl"))
 
 
 @pytest.mark.parametrize("protocol", range(6))
