@@ -6,15 +6,19 @@ import os
 import pickle
 import struct
 from collections import OrderedDict
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, make_tiny_cfg
+from PIL import EpsImagePlugin, Image
 from safetensors.torch import save_file
 
 from mcibi_d2 import InputError
+from mcibi_d2.data import read_image
+from mcibi_d2.data.labels import label_values, read_label_file
 from mcibi_d2.engine import Checkpointer, Trainer, load_config
 from mcibi_d2.engine.memory_init import read_rows
 from mcibi_d2.engine.setup import check_config
@@ -23,6 +27,8 @@ from mcibi_d2.evaluation.memory_contents import MemoryContents
 from mcibi_d2.files import read_data
 from mcibi_d2.modeling import FeatureMemory
 from mcibi_d2.tools import convert_released
+
+LEGACY = {"_use_new_zipfile_serialization": False}
 
 
 class Mark:
@@ -59,7 +65,7 @@ def forms(mark):
     return {
         "zip": saved({"model": state}),
         "zip without tensors": saved({"model": mark}),
-        "legacy": saved({"model": state}, _use_new_zipfile_serialization=False),
+        "legacy": saved({"model": state}, **LEGACY),
         "pickle": pickle.dumps({"model": {"a": np.ones(1), "b": mark}}),
         "pickle 0": pickle.dumps({"model": mark}, protocol=0),
         "objects": pickle.dumps({"a": objects(mark)}),
@@ -73,7 +79,7 @@ def forms(mark):
         "dotted": b"\x80\x04\x8c\x05numpy\x8c\x08os.mkdir\x93\x8c"
         + struct.pack("B", len(folder)) + folder + b"\x85R.",
         "storage": pickle.dumps(Storage(pickle.dumps(mark))),
-        "storage by torch": pickle.dumps(Storage(saved(mark, _use_new_zipfile_serialization=False))),
+        "storage by torch": pickle.dumps(Storage(saved(mark, **LEGACY))),
         "storage by script": pickle.dumps(Storage(script())),
         # numpy makes arrays of objects out of bytes, which are their addresses then.
         "addresses": b"cnumpy\nndarray\n((K\x01tS'O'\nC\x08" + bytes(8) + b"tR.",
@@ -235,7 +241,7 @@ def test_a_files_form_is_not_its_name(tmp_path, tiny_cfg, name):
     for write in (
         lambda path: save_file(state, path),
         lambda path: torch.save(state, path),
-        lambda path: torch.save(state, path, _use_new_zipfile_serialization=False),
+        lambda path: torch.save(state, path, **LEGACY),
         lambda path: path.write_bytes(pickle.dumps({"model": numbers, "__author__": "me"})),
     ):
         write(tmp_path / name)
@@ -283,6 +289,25 @@ def test_configs_run_no_code(tmp_path):
             "", ["OUTPUT_DIR", f"!!python/object/apply:os.system ['mkdir {mark}']", "X", "1"]
         )
     assert not mark.exists()
+
+
+def test_no_postscript_is_run(tmp_path, monkeypatch):
+    """Pillow has Ghostscript draw what begins as EPS, whatever it is called."""
+    (tmp_path / "gs").write_text(f"#!/bin/sh\nmkdir -p '{tmp_path / 'mark'}'\n")
+    (tmp_path / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)
+    Image.new("RGB", (4, 4)).save(tmp_path / "x.png", format="EPS")
+    for read in (
+        lambda path: read_image(path, "BGR"),
+        lambda path: read_label_file(path, label_values),
+    ):
+        with pytest.raises(InputError, match=r"x\.png: .*EPS, a program"):
+            read(str(tmp_path / "x.png"))
+        assert not (tmp_path / "mark").exists()
+    with suppress(OSError), Image.open(tmp_path / "x.png") as image:
+        image.load()
+    assert (tmp_path / "mark").exists()
 
 
 def test_no_proposals_are_unpickled(tmp_path, three_scenes):

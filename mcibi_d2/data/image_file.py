@@ -24,7 +24,8 @@ def open_image(file: IO[bytes], max_pixels: int = MAX_PIXELS) -> Iterator[Image.
         max_pixels: height times width (``INPUT.MAX_PIXELS``); 0: no limit.
 
     Raises:
-        InputError: the image has more pixels, from its header; it does not name the file.
+        InputError: the image has more pixels, from its header, or is a program (EPS); it does not
+            name the file.
     """
     with _lock:
         before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
@@ -33,6 +34,8 @@ def open_image(file: IO[bytes], max_pixels: int = MAX_PIXELS) -> Iterator[Image.
         finally:
             Image.MAX_IMAGE_PIXELS = before
     with image:
+        if image.format == "EPS":
+            raise InputError("it is EPS, a program that Ghostscript would run, expected an image")
         width, height = image.size
         if 0 < max_pixels < width * height:
             raise InputError(
