@@ -88,13 +88,20 @@ def test_a_trunk_alone_is_enough_for_a_larger_backbone(tmp_path, tiny_cfg):
         Checkpointer(model).load(str(tmp_path / "trunk.pth"), strict=True)
 
 
-def test_a_failed_load_does_not_stand_in_the_way_of_the_next(tmp_path, tiny_cfg):
-    checkpointer = Checkpointer(Trainer.build_model(tiny_cfg), str(tmp_path))
-    checkpointer.save("a")
-    (tmp_path / "text.pth").write_text("hello")
-    with pytest.raises(InputError):
-        checkpointer.load(str(tmp_path / "text.pth"))
-    checkpointer.load(str(tmp_path / "a.pth"), strict=True)
+def test_a_query_is_not_a_part_of_a_files_name(tmp_path, tiny_cfg):
+    model = Trainer.build_model(tiny_cfg)
+    checkpointer = Checkpointer(model, str(tmp_path / "a?b=c"))
+    (tmp_path / "a?b=c").mkdir()
+    checkpointer.save("model_0000001")
+    checkpointer.resume_or_load("", resume=True)
+    checkpointer.load(f"{tmp_path}/a?b=c/model_0000001.pth", strict=True)
+    names = {k.removeprefix("backbone."): v for k, v in model.state_dict().items() if "net" in k}
+    other = {k: v + 1 for k, v in names.items()}
+    torch.save(other, tmp_path / "x.pth")
+    checkpointer.load(f"{tmp_path}/x.pth?matching_heuristics=True")
+    assert all(torch.equal(model.backbone.state_dict()[k], v) for k, v in other.items())
+    with pytest.raises(InputError, match=r"x\.pth\?foo=1: \?foo is not known"):
+        checkpointer.load(f"{tmp_path}/x.pth?foo=1")
 
 
 def test_another_number_of_classes_keeps_the_rest(tmp_path):

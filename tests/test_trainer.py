@@ -18,6 +18,7 @@ from PIL import Image
 from mcibi_d2 import InputError
 from mcibi_d2.engine import Trainer, argument_parser, setup
 from mcibi_d2.engine.train_step import TrainStep
+from mcibi_d2.tools import train as train_tool
 
 
 def assert_equal_models(path, other):
@@ -433,6 +434,7 @@ def test_force_removes_the_run_before(tmp_path, start):
     for flags, options, message in (
         (["--resume"], [], "--force starts a training anew"),
         ([], ["MODEL.WEIGHTS", str(folder / "model_best.pth")], "is removed by --force"),
+        ([], ["MODEL.WEIGHTS", f"{folder}/model_best.pth?matching_heuristics=True"], "is removed"),
         ([], ["MODEL.MCIBI.FUSION", "mul"], "FUSION"),
     ):
         with pytest.raises(InputError, match=message):
@@ -440,6 +442,32 @@ def test_force_removes_the_run_before(tmp_path, start):
         assert sorted(p.name for p in folder.iterdir()) == everything
     start("--force")
     assert sorted(p.name for p in folder.iterdir()) == sorted(own)
+
+
+def test_a_run_keeps_its_config_until_it_goes_on_with_another(tmp_path, monkeypatch):
+    """It says what the weights beside it are of."""
+    folder, options = tmp_path / "run", ["DATASETS.TEST", "('scenes_val',)"]
+    trainer = Trainer(make_tiny_cfg(folder))
+    trainer.checkpointer.save("model_0000001", iteration=1)
+    config = folder / "config.yaml"
+    config.write_text("the run's")
+    monkeypatch.setattr(train_tool, "default_setup", lambda *_: config.write_text("this one's"))
+    monkeypatch.setattr(train_tool, "setup_logger", lambda *_, **more: None)
+    monkeypatch.setattr(Trainer, "test", lambda *args: {})
+    monkeypatch.setattr(Trainer, "train", lambda *args: None)
+
+    def run(*flags, options=()):
+        _, *arguments = command(folder, *options, program=(), flags=flags)
+        args = argument_parser().parse_args(arguments)
+        train_tool.train(args, setup(args))
+
+    run("--eval-only", options=["MODEL.WEIGHTS", str(folder / "model_0000001.pth"), *options])
+    assert config.read_text() == "the run's"
+    with pytest.raises(InputError, match="not a checkpoint of this model"):
+        run("--resume", options=["MODEL.MCIBI.ATTENTION_DIM", "24"])
+    assert config.read_text() == "the run's"
+    run("--resume", options=["SOLVER.BASE_LR", "0.125"])
+    assert "BASE_LR: 0.125" in config.read_text()
 
 
 # --- the same recipe on another number of processes

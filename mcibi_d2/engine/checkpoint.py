@@ -8,7 +8,7 @@ import socket
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import IO
-from urllib.parse import parse_qs, urlparse
+from urllib.parse import parse_qs
 
 import numpy as np
 import torch
@@ -124,11 +124,11 @@ class Checkpointer(DetectionCheckpointer):
         self._path, self._strict = path, strict
         if path:
             check_weights_exist(path)
-        # An earlier call that failed must not stand in the way of this one.
-        self._parsed_url_during_load = None
+        file, _ = split_query(path)
         if "://" in path:
-            _download(path, self.path_manager)
-        return super().load(path, checkpointables)
+            file = _download(path, self.path_manager)
+        # Not Detectron2's own, which takes a "?" in the name of a folder for the start of a query.
+        return super(DetectionCheckpointer, self).load(file, checkpointables)
 
     def resume_or_load(self, path: str, *, resume: bool = True, strict: bool = False):
         """Restore the last checkpoint with everything, or load ``path`` into the model alone."""
@@ -153,7 +153,7 @@ class Checkpointer(DetectionCheckpointer):
         loaded = read_data(filename, "a checkpoint")
         if not isinstance(loaded, dict):
             loaded = {}
-        query = parse_qs(urlparse(self._path).query)
+        query = parse_qs(split_query(self._path)[1], keep_blank_values=True)
         if query.pop("matching_heuristics", None) == ["True"]:  # Detectron2's own query
             loaded = {**_with_model(loaded), "matching_heuristics": True}
         if query:
@@ -334,13 +334,22 @@ def replacing(path: str) -> Iterator[IO[bytes]]:
         raise
 
 
-def _download(path: str, path_manager: PathManager) -> None:
+def split_query(path: str) -> tuple[str, str]:
+    """A path or URL and the query behind it: ``model.pth?matching_heuristics=True``.
+
+    A file of that name has no query.
+    """
+    file, _, query = path.partition("?")
+    return (path, "") if os.path.isfile(path) else (file, query)
+
+
+def _download(path: str, path_manager: PathManager) -> str:
     """Get a file that is elsewhere into the cache, or say in seconds that it cannot be had."""
     before = socket.getdefaulttimeout()
     # Else a network that answers nothing is waited for as long as the system's TCP does.
     socket.setdefaulttimeout(_DOWNLOAD_SECONDS)
     try:
-        path_manager.get_local_path(urlparse(path)._replace(query="").geturl())
+        return path_manager.get_local_path(split_query(path)[0])
     except (OSError, http.client.HTTPException) as error:
         raise InputError(
             f"MODEL.WEIGHTS: {path}: cannot be downloaded ({error}), expected a file that can, or "
@@ -354,7 +363,7 @@ def check_weights_exist(path: str) -> None:
     """Raise an :class:`InputError` if ``MODEL.WEIGHTS`` is empty or a local file not there."""
     if not path:
         raise InputError("MODEL.WEIGHTS is empty, expected a checkpoint")
-    if "://" not in path and not os.path.isfile(path.split("?")[0]):
+    if "://" not in path and not os.path.isfile(split_query(path)[0]):
         raise InputError(f"MODEL.WEIGHTS: {path}: no such file, expected a checkpoint")
 
 

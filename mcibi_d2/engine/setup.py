@@ -11,7 +11,7 @@ from ..config import add_mcibi_config
 from ..config_files import find_config_file
 from ..data import register_own_dataset
 from ..errors import InputError
-from .checkpoint import check_weights_exist, files_of_a_run
+from .checkpoint import check_weights_exist, files_of_a_run, split_query
 from .config_check import check_config, merge_file, merge_options
 
 
@@ -85,7 +85,7 @@ def _refuse_used_folder(args: argparse.Namespace, cfg: CfgNode) -> list[str]:
         ("MODEL.WEIGHTS", cfg.MODEL.WEIGHTS),
         ("MODEL.MCIBI.MEMORY.INIT_FILE", cfg.MODEL.MCIBI.MEMORY.INIT_FILE),
     ):
-        if os.path.realpath(path) in map(os.path.realpath, removed):
+        if os.path.realpath(split_query(path)[0]) in map(os.path.realpath, removed):
             raise InputError(f"{key}: {path}: is removed by --force, expected it elsewhere")
     return removed
 

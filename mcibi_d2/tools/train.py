@@ -9,6 +9,7 @@ the same program.
 """
 
 import argparse
+import os
 
 from detectron2.config import CfgNode
 from detectron2.engine import default_setup
@@ -16,13 +17,22 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 from mcibi_d2.engine import Checkpointer, Trainer, argument_parser, launch, setup
+from mcibi_d2.engine.checkpoint import files_of_a_run, replacing
 from mcibi_d2.engine.class_names import class_names
 from mcibi_d2.tools.command import run_tool
 
 
 def train(args: argparse.Namespace, cfg: CfgNode) -> dict | None:
     """What each process does; returns the results of the evaluation, if there was one."""
+    config = os.path.join(cfg.OUTPUT_DIR, "config.yaml")
+    # A run in the folder keeps its config in an evaluation, and until it goes on with another.
+    kept = None
+    if comm.is_main_process() and files_of_a_run(cfg.OUTPUT_DIR) and os.path.isfile(config):
+        with open(config, "rb") as file:
+            kept = file.read()
     default_setup(cfg, args)
+    if kept is not None:
+        _write(config, kept)
     setup_logger(cfg.OUTPUT_DIR, comm.get_rank(), name="mcibi_d2")
     if args.eval_only:
         model = Trainer.build_model(cfg)
@@ -39,7 +49,14 @@ def train(args: argparse.Namespace, cfg: CfgNode) -> dict | None:
         return results
     trainer = Trainer(cfg)
     trainer.resume_or_load(resume=args.resume)
+    if kept is not None:
+        _write(config, cfg.dump().encode())
     return trainer.train()
+
+
+def _write(path: str, data: bytes) -> None:
+    with replacing(path) as file:
+        file.write(data)
 
 
 def make_parser() -> argparse.ArgumentParser:
