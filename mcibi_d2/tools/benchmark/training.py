@@ -13,7 +13,6 @@ import importlib.util
 import sys
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -23,11 +22,12 @@ from torch import Tensor
 from mcibi_d2 import InputError
 from mcibi_d2.engine import Trainer, load_config
 from mcibi_d2.engine.setup import without_download
+from mcibi_d2.model_zoo import get_config_file
 from mcibi_d2.modeling.losses import hard_pixels_cross_entropy, resized_cross_entropy
 
 from .measure import shown, take_turns
 
-CONFIG = Path(__file__).resolve().parents[3] / "configs" / "ade20k" / "mcibi_R50.yaml"
+CONFIG = "ade20k/mcibi_R50.yaml"
 IGNORED = 255
 STRIDE = 8
 # Of the class's pixels in the memory, in both networks.
@@ -155,7 +155,7 @@ def make_our_step(
     options = [
         "MODEL.DEVICE", device, "MODEL.SEM_SEG_HEAD.NUM_CLASSES", str(classes), *options,
     ]  # fmt: skip
-    cfg = without_download(load_config(str(CONFIG), options))
+    cfg = without_download(load_config(get_config_file(CONFIG), options))
     torch.manual_seed(0)
     model = Trainer.build_model(cfg).train()
     head, optimizer = model.sem_seg_head, Trainer.build_optimizer(cfg, model)
