@@ -249,9 +249,13 @@ def test_a_memory_of_half_the_classes_with_two_slots_is_left_out(tmp_path):
         read_rows(str(tmp_path / "a.pth"), other.sem_seg_head.memory)
 
 
-def test_weights_that_cannot_be_downloaded_are_one_sentence():
-    with pytest.raises(InputError, match=r"WEIGHTS: http://127\.0\.0\.1:9/x\.pth: cannot be"):
-        Checkpointer(torch.nn.Linear(1, 1)).load("http://127.0.0.1:9/x.pth")
+@pytest.mark.parametrize(
+    "address",
+    ["http://127.0.0.1:9/x.pth", "catalog://x", "s3://a/b.pth", "scenes://val/00000/image.png"],
+)
+def test_weights_that_cannot_be_downloaded_are_one_sentence(address):
+    with pytest.raises(InputError, match=rf"WEIGHTS: {address}: cannot be downloaded \(.+\), exp"):
+        Checkpointer(torch.nn.Linear(1, 1)).load(address)
 
 
 def test_the_newest_checkpoints_are_kept(tmp_path):

@@ -115,7 +115,16 @@ def use(cfg, key):
     """Build and run, in the smallest way, what reads a key."""
     torch.manual_seed(0)
     part = key.partition(".")[0]
-    unread = ("RESNETS", "MIN_SIZES", "MAX_SIZE", "SIGMAS", "PRECISE_BN", "BOUNDARY", "VIS_IMAGES")
+    unread = (
+        "RESNETS",
+        "FPN",
+        "MIN_SIZES",
+        "MAX_SIZE",
+        "SIGMAS",
+        "PRECISE_BN",
+        "BOUNDARY",
+        "VIS_IMAGES",
+    )
     if key in ("MODEL.WEIGHTS", "MODEL.TIMM.PRETRAINED") or any(name in key for name in unread):
         return
     if part == "SOLVER":
@@ -237,6 +246,11 @@ def test_files_that_are_no_config(tmp_path, text, message):
         (["SOLVER.MAX_ITER", "{[]: 1}"], "expected a whole number"),
         (["MODEL.RPN.NMS_THRESH", "None"], r"MODEL\.RPN\.NMS_THRESH is None, expected a number"),
         (["MODEL.KEYPOINT_ON", "3"], r"MODEL\.KEYPOINT_ON is 3, expected True or False"),
+        (["TEST.EXPECTED_RESULTS", "[[1, 2, 3, 4]]"], "each .task, metric, value, tolerance"),
+        (["MODEL.DEVICE", "meta"], r"MODEL\.DEVICE is 'meta', expected cuda, cpu or another"),
+        (["OUTPUT_DIR", "s3://bucket/run"], r"OUTPUT_DIR is 's3://bucket/run', expected a folder"),
+        (["MODEL.PIXEL_STD", "(1, 1, 1e-30)"], r"MODEL\.PIXEL_STD is \(1, 1, 1e-30\), expected"),
+        (["INPUT.SCALE_RANGE", "(1e-9, 1)"], r"INPUT\.SCALE_RANGE is \(1e-09, 1\), expected \(sm"),
     ],
 )  # fmt: skip
 def test_options_that_are_no_config(options, message):
@@ -269,7 +283,14 @@ def test_whole_numbers_are_numbers():
          "RES5_DILATION is 4, expected 1 or 2 for Detectron2's ResNet-50"),
         (("MODEL.BACKBONE.NAME", "build_resnet_backbone", "MODEL.RESNETS.DEPTH", 18),
          "RES2_OUT_CHANNELS is 256, expected 64"),
+        (("MODEL.BACKBONE.NAME", "build_resnet_fpn_backbone"),
+         r"FPN.IN_FEATURES is \[\], expected some of MODEL.RESNETS.OUT_FEATURES \['res4'\]"),
+        (("MODEL.BACKBONE.NAME", "build_retinanet_resnet_fpn_backbone",
+          "MODEL.FPN.IN_FEATURES", ["res4"]), "OUT_FEATURES is .'res4'., expected res5 in it for"),
+        (("MODEL.META_ARCHITECTURE", "GeneralizedRCNN"), "finds objects, expected MCIBISegmentor"),
         (("INPUT.CROP.TYPE", "relative"), "CROP.TYPE is 'relative', expected one of absolute"),
+        (("INPUT.CROP.SIZE", (65535, 65535)), "CROP.SIZE is .*, expected at most 178956970 pixels"),
+        (("INPUT.FIXED_SIZE_TEST", (60000, 3000)), "FIXED_SIZE_TEST is .* at most 178956970 pix"),
         (("MODEL.SEM_SEG_HEAD.NORM", "GN"), "NORM is GN, which cannot norm 16 channels"),
         (("MODEL.MCIBI.CONTEXT", "foo"), "CONTEXT is 'foo', expected one of none, ppm"),
         (("MODEL.MCIBI.MEMORY.INIT", "foo"), "INIT is 'foo', expected one of random_pixel"),
@@ -340,6 +361,12 @@ def test_odd_data_sets_are_said(odd_data_set, key, records, metadata, message):
             Trainer(cfg)
         else:
             Trainer.test(cfg, nn.Identity())
+
+
+def test_results_are_expected_of_a_data_set(tiny_cfg):
+    tiny_cfg.TEST.EXPECTED_RESULTS = [["sem_seg", "mIoU", 40.0, 1.5]]
+    with pytest.raises(InputError, match=r"EXPECTED_RESULTS is .*'mIoU'.*but DATASETS\.TEST is"):
+        check_config(tiny_cfg)
 
 
 def test_training_set_without_labels_is_said(odd_data_set):

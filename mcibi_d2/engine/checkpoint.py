@@ -1,6 +1,5 @@
 """Checkpoints: written whole or not at all, and loaded with a word about what fits."""
 
-import http.client
 import logging
 import os
 import re
@@ -349,11 +348,14 @@ def _download(path: str, path_manager: PathManager) -> str:
     # Else a network that answers nothing is waited for as long as the system's TCP does.
     socket.setdefaulttimeout(_DOWNLOAD_SECONDS)
     try:
-        return path_manager.get_local_path(split_query(path)[0])
-    except (OSError, http.client.HTTPException) as error:
+        local = path_manager.get_local_path(split_query(path)[0])
+        if not os.path.isfile(local):  # nothing here knows such addresses
+            raise FileNotFoundError("no such file")
+        return local
+    except Exception as error:  # whatever the handlers of addresses raise
         raise InputError(
-            f"MODEL.WEIGHTS: {path}: cannot be downloaded ({error}), expected a file that can, or "
-            f"one that is here"
+            f"MODEL.WEIGHTS: {path}: cannot be downloaded ({str(error) or type(error).__name__}), "
+            f"expected a file that can, or one that is here"
         ) from error
     finally:
         socket.setdefaulttimeout(before)

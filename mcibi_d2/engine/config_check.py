@@ -21,7 +21,7 @@ from ..errors import InputError
 from ..modeling.backbones import check_name
 from .class_names import check_data_sets
 from .config_table import METADATA as _METADATA
-from .config_table import REMOVED, TABLE, Rule, rule_of
+from .config_table import OBJECT_DETECTORS, REMOVED, TABLE, Rule, rule_of
 
 
 def merge_file(cfg: CfgNode, path: str, older: bool = False) -> None:
@@ -219,6 +219,11 @@ def check_config(
             + " it is for (SOLVER.REFERENCE_WORLD_SIZE; 0 takes the batch as it stands)"
             * bool(cfg.SOLVER.REFERENCE_WORLD_SIZE)
         )
+    if train and cfg.TEST.EXPECTED_RESULTS and not cfg.DATASETS.TEST:
+        raise InputError(
+            f"TEST.EXPECTED_RESULTS is {shown(cfg.TEST.EXPECTED_RESULTS)}, but DATASETS.TEST is "
+            f"(), expected a data set that gives results"
+        )
     if train and cfg.MODEL.MCIBI.ENABLED:
         _check_memory_init(cfg.MODEL.MCIBI.MEMORY)
     check_metadata(cfg, train)
@@ -267,16 +272,22 @@ def _check_head(model: CfgNode) -> None:
     names = list(head.AUX_FEATURES)
     if len(set(names)) < len(names):
         raise InputError(f"MODEL.SEM_SEG_HEAD.AUX_FEATURES is {names}, expected each name once")
-    if model.BACKBONE.NAME.startswith("build_resnet"):
-        _check_resnets(model.RESNETS)
+    if model.META_ARCHITECTURE in OBJECT_DETECTORS:
+        raise InputError(
+            f"MODEL.META_ARCHITECTURE is {model.META_ARCHITECTURE!r}, which finds objects, "
+            f"expected MCIBISegmentor or another that labels pixels"
+        )
+    if model.BACKBONE.NAME.startswith(("build_resnet", "build_retinanet")):
+        _check_resnets(model)
     check_name(model.TIMM.NAME)
     indices = list(model.TIMM.OUT_INDICES)
     if indices != sorted(set(indices)):
         raise InputError(f"MODEL.TIMM.OUT_INDICES is {tuple(indices)}, expected rising indices")
 
 
-def _check_resnets(resnets: CfgNode) -> None:
-    """What Detectron2's own ResNet asserts."""
+def _check_resnets(model: CfgNode) -> None:
+    """What Detectron2's own ResNet and its feature pyramids assert."""
+    resnets, given = model.RESNETS, list(model.RESNETS.OUT_FEATURES)
     shallow = resnets.DEPTH in (18, 34)
     for key, allowed in (
         ("RES5_DILATION", (1,) if shallow else (1, 2)),
@@ -287,6 +298,13 @@ def _check_resnets(resnets: CfgNode) -> None:
                 f"MODEL.RESNETS.{key} is {resnets[key]}, expected {' or '.join(map(str, allowed))} "
                 f"for Detectron2's ResNet-{resnets.DEPTH}"
             )
+    name, taken = model.BACKBONE.NAME, list(model.FPN.IN_FEATURES)
+    if "_fpn_" in name and (not taken or not set(taken) <= set(given)):
+        raise InputError(
+            f"MODEL.FPN.IN_FEATURES is {taken}, expected some of MODEL.RESNETS.OUT_FEATURES {given}"
+        )
+    if "_retinanet_" in name and "res5" not in given:
+        raise InputError(f"MODEL.RESNETS.OUT_FEATURES is {given}, expected res5 in it for {name}")
 
 
 def _check_device(device: str, num_gpus: int) -> None:
@@ -326,6 +344,12 @@ def _check_sizes(inputs: CfgNode) -> None:
         )
     if crop.ENABLED and any(x != int(x) or x < 1 for x in crop.SIZE):
         raise InputError(f"INPUT.CROP.SIZE is {crop.SIZE}, expected (height, width) in pixels")
+    for name, size in (("CROP.SIZE", crop.SIZE), ("FIXED_SIZE_TEST", inputs.FIXED_SIZE_TEST)):
+        if inputs.MAX_PIXELS and size[0] * size[1] > inputs.MAX_PIXELS:
+            raise InputError(
+                f"INPUT.{name} is {size}, expected at most {inputs.MAX_PIXELS} pixels "
+                f"(INPUT.MAX_PIXELS)"
+            )
     base = tuple(inputs.SCALE_BASE)
     if base != (0, 0) and 0 in base:
         raise InputError(

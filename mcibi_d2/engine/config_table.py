@@ -184,6 +184,29 @@ class Several(Rule):
 
 
 @dataclass(frozen=True)
+class Row(Rule):
+    """A list or tuple whose values differ in kind.
+
+    Args:
+        what: the values, in words.
+        rules: of each.
+    """
+
+    what: str
+    rules: tuple[Rule, ...]
+
+    def describe(self) -> str:
+        """See :class:`Rule`."""
+        return self.what
+
+    def accepts(self, value: object) -> bool:
+        """See :class:`Rule`."""
+        if not isinstance(value, list | tuple) or len(value) != len(self.rules):
+            return False
+        return all(rule.accepts(x) for rule, x in zip(self.rules, value, strict=True))
+
+
+@dataclass(frozen=True)
 class Or(Rule):
     """One further value beside those of another rule."""
 
@@ -215,7 +238,7 @@ class Anything(Rule):
 
 def _is_device(name: str) -> bool:
     try:
-        return bool(torch.device(name).type)
+        return torch.device(name).type != "meta"  # which has shapes and no values
     except RuntimeError:
         return False
 
@@ -226,6 +249,9 @@ _SOME = range(1, 10**6)
 _ITERATIONS = 10**9
 _PIXELS = 65536
 
+# Of Detectron2's meta-architectures, the first of which is its default, those that need objects.
+OBJECT_DETECTORS = ("GeneralizedRCNN", "ProposalNetwork", "RetinaNet", "FCOS", "PanopticFPN")
+
 # Of Detectron2's ResNet.
 _STAGES = ("stem", "res2", "res3", "res4", "res5")
 
@@ -234,6 +260,7 @@ _channels = Whole(1, 32768)
 _iteration = Whole(0, _ITERATIONS)
 _share = Number(0, 1)
 _below_one = Number(0, 1, below=True)
+_factor = Number(0.01, 100)
 _weight = Number(0, 10000)
 _decay = Number(0, 10)
 _any_text = Text(accepted=lambda text: True)
@@ -243,7 +270,10 @@ _size = Several("(height, width) in pixels", (2,), Whole(1, _PIXELS))
 _byte = Whole(0, 255)
 _colors = Several("a list", _ANY_COUNT, Several("[red, green, blue]", (3,), _byte))
 _label = Whole(0, 65535)
-_RESULT = Several("[task, metric, value, tolerance]", (4,), Anything())
+_RESULT = Row(
+    "[task, metric, value, tolerance]",
+    (Text(), Text(), Number(-(10**9), 10**9), Number(0, 10**9)),
+)
 _source = Several(
     "[images, labels] or [list or manifest] or [folder of both]", (0, 1, 2), Text("a path")
 )
@@ -256,7 +286,8 @@ def _section(name: str, rules: dict[str, Rule]) -> Iterable[tuple[str, Rule]]:
 TABLE: dict[str, Rule] = dict(
     [
         ("VERSION", Choice((2,))),
-        ("OUTPUT_DIR", Text("a folder")),
+        # Of an address a local folder would be made, and TensorBoard write elsewhere.
+        ("OUTPUT_DIR", Text("a folder", lambda text: text != "" and "://" not in text)),
         # numpy's generator takes no larger one, and each process adds its number.
         ("SEED", Whole(-1, 2**31)),
         ("CUDNN_BENCHMARK", _switch),
@@ -269,7 +300,7 @@ TABLE: dict[str, Rule] = dict(
                 "WEIGHTS": _any_text,
                 "PIXEL_MEAN": Several("three values, one for each channel", (3,), Number(0, 255)),
                 "PIXEL_STD": Several(
-                    "three values, one for each channel", (3,), Number(0, 65535, above=True)
+                    "three values, one for each channel", (3,), Number(0.001, 65535)
                 ),
                 "BACKBONE.NAME": Choice(BACKBONE_REGISTRY),
                 "BACKBONE.FREEZE_AT": Whole(0, 5),
@@ -353,7 +384,7 @@ TABLE: dict[str, Rule] = dict(
                 "OUT_FEATURES": Several(
                     "a list of at least one",
                     _SOME,
-                    Choice(("stem", "res2", "res3", "res4", "res5")),
+                    Choice(_STAGES),
                 ),
                 "NUM_GROUPS": Whole(1, 1024),
                 "NORM": Choice(HEAD_NORMS),
@@ -365,6 +396,15 @@ TABLE: dict[str, Rule] = dict(
                 "DEFORM_ON_PER_STAGE": Several("four values, one for each stage", (4,), _switch),
                 "DEFORM_MODULATED": _switch,
                 "DEFORM_NUM_GROUPS": Whole(1, 1024),
+            },
+        ),
+        *_section(
+            "MODEL.FPN",
+            {
+                "IN_FEATURES": _names,
+                "OUT_CHANNELS": _channels,
+                "NORM": Choice(HEAD_NORMS),
+                "FUSE_TYPE": Choice(("sum", "avg")),
             },
         ),
         *_section(
@@ -382,9 +422,7 @@ TABLE: dict[str, Rule] = dict(
                 "CROP.SINGLE_CATEGORY_MAX_AREA": Number(0, 1, above=True),
                 "FORMAT": Choice(IMAGE_FORMATS),
                 "MASK_FORMAT": Choice(("polygon", "bitmask")),
-                "SCALE_RANGE": Several(
-                    "(smallest, largest) factor", (2,), Number(0, 100, above=True)
-                ),
+                "SCALE_RANGE": Several("(smallest, largest) factor", (2,), _factor),
                 "SCALE_BASE": Several(
                     "(height, width) in pixels, or (0, 0)", (2,), Whole(0, _PIXELS)
                 ),
@@ -493,9 +531,7 @@ TABLE: dict[str, Rule] = dict(
                 "AUG.MIN_SIZES": Several("a list", _ANY_COUNT, Whole(1, _PIXELS)),
                 "AUG.MAX_SIZE": Whole(1, _ITERATIONS),
                 "AUG.FLIP": _switch,
-                "AUG.SCALES": Several(
-                    "factors, at least one", range(1, 1000), Number(0, 100, above=True)
-                ),
+                "AUG.SCALES": Several("factors, at least one", range(1, 1000), _factor),
                 "AUG.SOFTMAX": _switch,
                 "PRECISE_BN.ENABLED": _switch,
                 "PRECISE_BN.NUM_ITER": Whole(1, _ITERATIONS),
