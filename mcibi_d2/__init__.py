@@ -13,7 +13,7 @@ if find_spec("detectron2") is None:
         "git+https://github.com/facebookresearch/detectron2.git` (compiles it)."
     )
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 from . import (
     config_files,  # noqa: E402  lets Detectron2 open mcibi_d2://...

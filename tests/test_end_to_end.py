@@ -2,12 +2,10 @@
 
 import json
 import os
-import re
 import subprocess
 import sys
 
 import numpy as np
-import pytest
 from conftest import ROOT
 from PIL import Image
 
@@ -80,13 +78,6 @@ def test_detectron2s_model_zoo_works():
         "print(model_zoo.get_config('Misc/semantic_R_50_FPN_1x.yaml').MODEL.META_ARCHITECTURE)"
     )
     assert run("-c", code).splitlines()[-1] == "SemanticSegmentor"
-
-
-@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "datasets/README.md"])
-def test_documents_name_files_that_exist(name):
-    text = (ROOT / name).read_text()
-    for path in re.findall(r"(?:configs|tests|datasets)/[\w./-]+\.(?:yaml|md|py)", text):
-        assert (ROOT / path).exists(), path
 
 
 def test_colours_are_the_palettes_and_ignored_pixels_are_gray():

@@ -194,17 +194,19 @@ def test_own_data_to_training_to_prediction_without_a_checkout(installed):
     assert said == f"{run.site}/mcibi_d2/__init__.py {mcibi_d2.__version__} (64, 80) True"
 
 
-def test_readmes_code_runs(installed):
+def test_documents_code_runs(installed):
     _, run = installed
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len(blocks) == 3
+    texts = [(ROOT / folder / "README.md").read_text() for folder in ("", "mcibi_d2")]
+    found = [re.findall(r"```python\n(.*?)```", text, re.DOTALL) for text in texts]
+    assert [len(blocks) for blocks in found] == [2, 1]
+    blocks = sum(found, [])
     # One process for all: importing torch takes longer than they do.
     code = "".join(
-        block.replace("output/library", str(run.work / f"readme{number}"))
+        block.replace("output/library", str(run.work / f"document{number}"))
         for number, block in enumerate(blocks)
     )
     output = run("-c", f"import mcibi_d2\nprint('package:', mcibi_d2.__file__)\n{code}")
     assert f"package: {run.site}/" in output
     assert "Error" not in output and "none was committed" not in output
     for number, block in enumerate(blocks):
-        assert (run.work / f"readme{number}/model_final.pth").is_file() == ("train()" in block)
+        assert (run.work / f"document{number}/model_final.pth").is_file() == ("train()" in block)

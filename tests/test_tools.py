@@ -22,7 +22,7 @@ TAKE_KEYS = {
 }  # fmt: skip
 DOCUMENTS = [
     *ROOT.glob("*.md"), *ROOT.glob("configs/**/*.md"), *ROOT.glob("datasets/*.md"),
-    *ROOT.glob("mcibi_d2/tools/**/*.py"), ROOT / "train_net.py",
+    *ROOT.glob("mcibi_d2/**/*.md"), *ROOT.glob("mcibi_d2/tools/**/*.py"), ROOT / "train_net.py",
 ]  # fmt: skip
 
 
