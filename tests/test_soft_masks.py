@@ -92,6 +92,8 @@ SOFT = {
     "vessels": ([0, 255], smaller, True),
     "four levels": ([0, 85, 170, 255], smaller, False),
     "four levels, JPEG": ([0, 85, 170, 255], jpeg(90), False),
+    "four levels, JPEG 100": ([0, 85, 170, 255], jpeg(100), False),
+    "five levels, JPEG 98": ([0, 64, 128, 191, 255], jpeg(98), False),
     "steps of 20": ([0, 20, 40, 60], smaller, False),
     "gray in three channels": ([(0,) * 3, (255,) * 3], smaller, False),
     "colors": (COLORS, smaller, False),
@@ -347,13 +349,14 @@ def test_photographs_in_gray_are_no_labels(tmp_path):
         init(tmp_path)
 
 
-def test_one_value_at_borders_may_be_a_class_and_is_said(tmp_path, capsys):
+@pytest.mark.parametrize("height", [31, 1], ids=["a side", "a few pixels"])
+def test_one_value_at_borders_may_be_a_class_and_is_said(height, tmp_path, capsys):
     for name in ("images", "labels"):
         (tmp_path / name).mkdir()
     for i in range(COUNT):
         ids = np.zeros(SIZE[::-1], np.uint8)
         ids[9:40, 10 + i : 50] = 255
-        ids[9:40, 10 + i] = 128
+        ids[9 : 9 + height, 10 + i] = 128
         Image.new("RGB", SIZE).save(tmp_path / f"images/{i}.png")
         Image.fromarray(ids).save(tmp_path / f"labels/{i}.png")
     assert init(tmp_path).LABEL_IDS == [0, 128, 255]

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -290,10 +291,10 @@ def scan(
     labels = _Labels(form, pixels, files, in_color, dict(meanings))
     labels.highest = max(label.highest for label in good.values())
     if how == "nearest":
-        meant = soft_values(pixels, thin, between, rest, fewest=1)
+        meant = soft_values(pixels, thin, between, rest, surely=False)
         _take_nearest(labels, _parse(named, labels, "--nearest") if named else meant)
     elif how == "exact":
-        meant = soft_values(pixels, thin, between, rest, fewest=1)
+        meant = soft_values(pixels, thin, between, rest, surely=False)
         labels.doubtful = sorted(set(pixels) - set(meant or pixels))
     elif how == "threshold":
         _take_sides(labels, threshold)
@@ -312,7 +313,7 @@ def _by_palette(counts: dict, palette: dict[int, Color]) -> Counter:
 
 
 def soft_values(
-    pixels: Counter, thin: Counter, between: Counter, rest: np.ndarray, fewest: int = 2
+    pixels: Counter, thin: Counter, between: Counter, rest: np.ndarray, surely: bool = True
 ) -> list | None:
     """Of soft labels, the values that the others lie between; None of others.
 
@@ -325,11 +326,13 @@ def soft_values(
         thin: those that lie in no block of 2 x 2 pixels of their value.
         between: those whose value is between those of the pixels on both sides.
         rest: number of further values, and these three of all of them.
-        fewest: values that lie between. One alone may be a class of borders.
+        surely: whether one value that lies between, which may be a class of borders, or a few
+            pixels, are too little.
     """
     lines = [value for value in pixels if 2 * thin[value] > pixels[value]]
     solid = [value for value in pixels if 2 * thin[value] <= pixels[value]]
-    if len(solid) == 1 and lines:
+    in_color = any(isinstance(value, tuple) for value in solid)
+    if lines and (len(solid) == 1 or in_color and len(_apart(solid, pixels)) == 1):
         # What is meant may be thin itself, as vessels are; it is farthest from the others.
         farthest = max(lines, key=lambda value: (_distance(value, solid[0]), pixels[value]))
         lines.remove(farthest)
@@ -337,32 +340,37 @@ def soft_values(
     total = sum(pixels.values()) + rest[1]
     at_borders = sum(pixels[value] for value in lines) + rest[1]
     rising = sum(between[value] for value in lines) + rest[3]
+    meant = _apart(solid, pixels)
     if (
-        len(solid) < 2
-        or len(lines) + rest[0] < fewest
-        or not 10 <= at_borders < 0.75 * total
-        or (rising < 0.2 * at_borders and not _are_noise(lines, solid))
+        len(meant) < 2
+        or len(lines) + rest[0] < (2 if surely else 1)
+        or not (10 if surely else 1) <= at_borders < 0.75 * total
+        or (rising < 0.2 * at_borders and not _are_noise(lines, meant))
     ):
         return None
+    return sorted(meant)
+
+
+def _apart(solid: list, pixels: Counter) -> list:
+    """Of values with areas, those that are not beside a more frequent one, as JPEGs have them."""
     meant: list = []
     for value in sorted(solid, key=lambda value: -pixels[value]):
-        # Compression leaves areas beside those of what is meant.
         far, near = (64, 16) if isinstance(value, tuple) else (8, 4)
         if not any(
             _distance(value, m) <= (far if pixels[value] < 0.1 * pixels[m] else near) for m in meant
         ):
             meant.append(value)
-    return sorted(meant) if len(meant) > 1 else None
+    return meant
 
 
-def _are_noise(lines: list, solid: list) -> bool:
+def _are_noise(lines: list, meant: list) -> bool:
     """Whether all lines are close to areas that are far from each other, and to several of them."""
-    most, least = max(solid), min(solid)
-    close = {
-        next((value for value in (least, most) if _distance(line, value) <= 8), None)
-        for line in lines
-    }
-    return _distance(most, least) >= 64 and close == {least, most}
+    nearest = [min(meant, key=lambda value: _distance(line, value)) for line in lines]
+    return (
+        len(set(nearest)) > 1
+        and all(_distance(*pair) <= 16 for pair in zip(lines, nearest, strict=True))
+        and all(_distance(*pair) >= 48 for pair in combinations(meant, 2))
+    )
 
 
 def _distance(one, other) -> int:
