@@ -308,9 +308,24 @@ def test_arrays_that_are_no_labels(tmp_path):
         np.save(tmp_path / "x.npy", array)
         with pytest.raises(InputError, match=r"x\.npy: .*" + message):
             read_labels(str(tmp_path / "x.npy"), name)
-    (tmp_path / "x.npy").write_bytes(b"\x93NUMPY")
-    with pytest.raises(InputError, match=r"x\.npy: cannot be read as a label image"):
-        read_labels(str(tmp_path / "x.npy"), name)
+    with open(tmp_path / "x.npy", "wb") as archive:
+        np.savez(archive, np.zeros((4, 4), np.uint8))
+    for data in (b"\x93NUMPY", b"", (tmp_path / "x.npy").read_bytes()):
+        (tmp_path / "x.npy").write_bytes(data)
+        with pytest.raises(InputError, match=r"x\.npy: cannot be read as a label image"):
+            read_labels(str(tmp_path / "x.npy"), name)
+
+
+@pytest.mark.parametrize("value", [-100, 70000])
+def test_values_that_no_table_has_are_named(value, tmp_path):
+    for name in ("images", "labels"):
+        (tmp_path / name).mkdir()
+    for i in range(COUNT):
+        Image.new("RGB", SIZE).save(tmp_path / f"images/{i}.png")
+        ids = classes(i, 1, 3).astype(np.int64)
+        np.save(tmp_path / f"labels/{i}.npy", np.where(ids == 0, value, ids))
+    with pytest.raises(SystemExit, match=f"error: the labels hold {value}, expected 0..65535"):
+        init(tmp_path)
 
 
 @pytest.mark.parametrize("values", [[1, 255], [1, 2, 255]])

@@ -109,7 +109,7 @@ def read_label_file(
         with PathManager.open(file_name, "rb") as file:
             if is_array(file_name):
                 # Loading objects would run what is in the file.
-                values = np.load(file, allow_pickle=False)
+                values = np.lib.format.read_array(file, allow_pickle=False)
                 values = values.astype(np.uint8) if values.dtype == bool else values
             else:
                 with open_image(file, max_pixels) as image:

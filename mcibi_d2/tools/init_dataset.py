@@ -797,6 +797,14 @@ def init_dataset(args: argparse.Namespace) -> None:
     if twice:
         said.append(f"{len(twice)} images are both for training and for evaluation: {min(twice)}")
     classes = sorted(set(labels.pixels) - ignored)
+    strange = [
+        value for value in labels.pixels if not labels.in_color and not -1 <= value < 1 << 16
+    ]
+    if strange:
+        raise InputError(
+            f"the labels hold {min(strange)}, expected 0..65535, or -1 for 'ignored'; of NumPy "
+            f"files others can be changed to these"
+        )
     if len(classes) < 2:
         raise InputError(
             f"the labels hold one class, {', '.join(map(_text, classes)) or 'none'}, expected two "
