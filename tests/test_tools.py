@@ -20,6 +20,8 @@ TAKE_KEYS = {
     "check_dataset", "complexity", "convert_released", "demo", "export", "export_predictions",
     "features", "memory", "quickstart",
 }  # fmt: skip
+# Parts of the benchmark whose config is always the same one.
+PARTS = {"step"}
 DOCUMENTS = [
     *ROOT.glob("*.md"), *ROOT.glob("configs/**/*.md"), *ROOT.glob("datasets/*.md"),
     *ROOT.glob("mcibi_d2/**/*.md"), *ROOT.glob("mcibi_d2/tools/**/*.py"), ROOT / "train_net.py",
@@ -54,7 +56,8 @@ def test_every_tool_takes_config_keys_in_the_same_way(tool, capsys):
         options = {option for action in part._actions for option in action.option_strings}
         assert "opts" not in {action.dest for action in part._actions if not action.option_strings}
         assert "--config-file" not in options or "--opts" in options
-        assert ("--opts" in options) == (tool in TAKE_KEYS or "--config-file" in options)
+        takes = tool in TAKE_KEYS or "--config-file" in options or part.prog.split()[-1] in PARTS
+        assert ("--opts" in options) == takes
         if tool in TAKE_KEYS:
             assert part._actions[-1].option_strings == ["--opts"], "last, in the help as well"
             assert "config keys and values, last of all" in said
