@@ -241,9 +241,12 @@ LISTS = {
     "headings": ("id;image;mask\n", PAIRS, "7;{0};{1}"),
     "headings, other order": ("mask_path,img_path\n", PLAIN, "{1},{0}"),
     "Detectron2's headings": ("file_name\tsem_seg_file_name\n", PAIRS, "{0}\t{1}"),
+    "a column of classes": ("image,label,mask\n", PLAIN, "{0},cat,{1}"),
+    "two columns of images": ("image;file_name;mask\n", PAIRS, "7;{0};{1}"),
     "comments": ("# mine\n\n", PLAIN, "{0} {1}"),
     "JSON lines": ("", PAIRS, '{{"file_name": "{0}", "sem_seg_file_name": "{1}", "height": 3}}'),
     "JSON lines, img": ("", PAIRS, '{{"img": "{0}", "mask": "{1}"}}'),
+    "JSON lines, classes": ("", PAIRS, '{{"image": "{0}", "label": "cat", "mask": "{1}"}}'),
     "commas in names, blank": ("{0} {1}", [("a,1.jpg", "b,1.png"), ("a,2.jpg", "b,2.png")]),
 }
 
@@ -272,7 +275,8 @@ def test_manifests_with_other_keys(keys, tmp_path):
     [
         ("a b\nc e d", r"line 2 is 'c e d', expected .* separated by a tab, a comma"),
         ("a.jpg|b.png", r"line 1 is 'a\.jpg\|b\.png', expected an image and a label, separated"),
-        ("x,y\na.jpg,b.png", r"line 1 is 'x,y', expected .* headings such as image and mask"),
+        ("x,y\na.jpg,b.png", r"line 1 is 'x,y', expected .* headings such as image,mask"),
+        ("a.jpg,b.png,train", r"line 1 is .*, expected .* headings such as image,mask"),
         ("image,mask\na.jpg", r"line 2 is 'a\.jpg', expected an image and a label"),
         ('{"img": "a.jpg"}', r"line 1 is \{'img': 'a\.jpg'\}, expected \{image, label\}"),
         ('{"img": ', r"line 1 cannot be read as JSON"),
@@ -288,3 +292,18 @@ def test_lists_that_cannot_be_read(text, message, tmp_path):
 def test_paths_of_windows(tmp_path):
     (tmp_path / "pairs.csv").write_text("a\\x.jpg,b\\x.png\n")
     assert read_list(tmp_path / "pairs.csv") == [("a/x.jpg", "b/x.png")]
+
+
+@pytest.mark.parametrize("form", ["txt", "json"])
+def test_two_labels_for_an_image_of_a_list_are_an_error(form, tmp_path):
+    pairs = [("0.jpg", "0.png"), ("1.jpg", "1.png"), ("0.jpg", "0.png")]
+    for last in ((), [("1.jpg", "1_b.png")]):
+        text = "\n".join(map(" ".join, [*pairs, *last]))
+        if form == "json":
+            keys = ("image", "label")
+            text = json.dumps([dict(zip(keys, pair, strict=True)) for pair in [*pairs, *last]])
+        (tmp_path / f"pairs.{form}").write_text(text)
+        if not last:  # a pair may be repeated
+            assert len(find_pairs([str(tmp_path / f"pairs.{form}")]).pairs) == 3
+    with pytest.raises(InputError, match=r"1\.jpg has two labels, 1\.png and 1_b\.png"):
+        find_pairs([str(tmp_path / f"pairs.{form}")])

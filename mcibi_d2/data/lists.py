@@ -26,7 +26,7 @@ _LABEL_KEYS = (
 _SEPARATORS = ("\t", ";", ",", " ")
 _EXPECTED = (
     "expected an image and a label, separated by a tab, a comma, a semicolon or blanks (names "
-    'that hold the separator "in quotes")'
+    'that hold the separator "in quotes"), or first a line of headings such as image,mask'
 )
 _KEYS_EXPECTED = "expected {image, label} or Detectron2's {file_name, sem_seg_file_name}"
 
@@ -88,10 +88,11 @@ def _of_line(path: Path, number: int, line: str) -> tuple[str, str]:
 def _entry(path: Path, place: str, entry) -> tuple[str, str]:
     if isinstance(entry, dict):
         keys = {_normal(key): value for key, value in entry.items()}
-        found = [
-            next((keys[name] for name in names if isinstance(keys.get(name), str)), None)
-            for names in (_IMAGE_KEYS, _LABEL_KEYS)
-        ]
+        found = []
+        for names in (_IMAGE_KEYS, _LABEL_KEYS):
+            texts = [keys[name] for name in names if isinstance(keys.get(name), str)]
+            # A label may be the name of a class, beside a mask.
+            found.append(next(filter(_ending, texts), texts[0] if texts else None))
         if all(found):
             return _portable(found[0]), _portable(found[1])
     raise InputError(f"{path}: {place} is {entry!r}, {_KEYS_EXPECTED}")
@@ -101,7 +102,7 @@ def _columns(path: Path, lines: list[tuple[int, str]]) -> list[tuple[str, str]]:
     """The entries of a list; its separator is the one that fits most of its lines."""
     fits = {s: sum(map(_fits, (_split(line, s) for _, line in lines))) for s in _SEPARATORS}
     order = sorted(_SEPARATORS, key=fits.__getitem__, reverse=True)
-    heading = _heading(lines[0][1]) if lines else None
+    heading = _heading(*(line for _, line in lines[:2])) if lines else None
     entries = []
     for number, line in lines[heading is not None :]:
         if heading is not None:
@@ -118,21 +119,25 @@ def _columns(path: Path, lines: list[tuple[int, str]]) -> list[tuple[str, str]]:
         entries.append((_portable(found[0]), _portable(found[1])))
     if entries and heading is None and fits[order[0]] and not any(map(_ending, entries[0])):
         raise InputError(
-            f"{path}: line {lines[0][0]} is {lines[0][1]!r}, expected an image and a label, or "
-            f"headings such as image and mask"
+            f"{path}: line {lines[0][0]} is {lines[0][1]!r}, {_EXPECTED}"
         )
     return entries
 
 
-def _heading(line: str) -> tuple[str, int, int] | None:
-    """Separator and places of the two columns, where a line names them."""
+def _heading(line: str, first: str = "") -> tuple[str, int, int] | None:
+    """Separator and places of the two columns, where a line names them.
+
+    Of several columns that may be meant, it is one that holds a file's name in the ``first`` entry.
+    """
     for separator in _SEPARATORS:
         names = [_normal(part) for part in _split(line, separator)]
-        places = [
-            next((names.index(key) for key in keys if key in names), None)
-            for keys in (_IMAGE_KEYS, _LABEL_KEYS)
-        ]
-        if None not in places:
+        parts = _split(first, separator)
+        places = []
+        for keys in (_IMAGE_KEYS, _LABEL_KEYS):
+            named = [names.index(key) for key in keys if key in names]
+            files = [i for i in named if i < len(parts) and _ending(parts[i])]
+            places += (files or named)[:1]
+        if len(places) == 2:
             return separator, *places
     return None
 

@@ -133,6 +133,8 @@ def is_deep(image: Image.Image) -> bool:
     It is told from how the pixels are stored, which Pillow forgets when it has read them.
     """
     arguments = image.tile[0][3] if image.tile else ""
+    if image.format == "PPM" and not isinstance(arguments, str):
+        return arguments[-1] == 65535  # less are spread over the 8 bits
     form = arguments if isinstance(arguments, str) else arguments[0]
     return image.mode.startswith("I") or ";16" in str(form)
 

@@ -325,6 +325,12 @@ def _listed(path: Path) -> FoundPairs:
     entries = read_list(path)
     if not entries:
         raise InputError(f"{path}: lists no image")
+    label_of: dict[str, str] = {}
+    for image, label in entries:
+        if label_of.setdefault(image, label) != label:
+            raise InputError(
+                f"{path}: {image} has two labels, {label_of[image]} and {label}, expected one"
+            )
     pairs = [
         Pair(image, path.parent / Path(image).expanduser(), path.parent / Path(label).expanduser())
         for image, label in entries
