@@ -118,9 +118,7 @@ def _columns(path: Path, lines: list[tuple[int, str]]) -> list[tuple[str, str]]:
             raise InputError(f"{path}: line {number} is {line!r}, {_EXPECTED}")
         entries.append((_portable(found[0]), _portable(found[1])))
     if entries and heading is None and fits[order[0]] and not any(map(_ending, entries[0])):
-        raise InputError(
-            f"{path}: line {lines[0][0]} is {lines[0][1]!r}, {_EXPECTED}"
-        )
+        raise InputError(f"{path}: line {lines[0][0]} is {lines[0][1]!r}, {_EXPECTED}")
     return entries
 
 

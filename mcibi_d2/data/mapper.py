@@ -1,6 +1,7 @@
 """From a data set record to what the model takes."""
 
 import copy
+from collections.abc import Iterable
 from functools import cache
 from typing import IO
 
@@ -159,13 +160,20 @@ def _white_table(white_level: int) -> np.ndarray:
     return (values * 255 / white_level).round().astype(np.uint8)
 
 
-def highest_value(file_name: str) -> int:
-    """Of an image of 16 bits, its highest value; 0 of others, and of what cannot be read."""
+def bright_values(file_name: str) -> tuple[int, int]:
+    """Of an image of 16 bits, its highest value, and the one that 999 of 1000 do not exceed.
+
+    Twice 0 of others, and of what cannot be read.
+    """
     try:
         with PathManager.open(file_name, "rb") as file, open_image(file, 0) as image:
-            return int(_deep_values(file, image).max()) if is_deep(image) else 0
+            if not is_deep(image):
+                return 0, 0
+            values = _deep_values(file, image).reshape(-1)
+            few = len(values) // 1000 + 1
+            return int(values.max()), int(np.partition(values, -few)[-few])
     except Exception:
-        return 0  # whoever reads the image will say so
+        return 0, 0  # whoever reads the image will say so
 
 
 def fitting_white_level(highest: int) -> int:
@@ -174,6 +182,26 @@ def fitting_white_level(highest: int) -> int:
     Values of half the range and more fill 16 bits well enough.
     """
     return (1 << highest.bit_length()) - 1 if 0 < highest < 1 << 15 else 0
+
+
+def say_dark(values: Iterable[tuple[int, int]]) -> list[str]:
+    """A sentence if some images of 16 bits are nearly black, though their highest value is not.
+
+    So it is where images of 12 bits are beside others of 16, or have a few faulty pixels.
+
+    Args:
+        values: of each image, :func:`bright_values`.
+    """
+    deep = [pair for pair in values if pair[0]]
+    dark = [usual for _, usual in deep if usual < 1 << 13]
+    if not dark or fitting_white_level(max(highest for highest, _ in deep)):
+        return []
+    return [
+        f"{len(dark)} of {len(deep)} images of 16 bits have values up to {max(dark):,} alone in "
+        f"nearly all of their pixels, of 65,535: too dark. INPUT.WHITE_LEVEL "
+        f"{fitting_white_level(max(*dark, 1))} fits them, and makes white what is "
+        f"above it."
+    ]
 
 
 def _size_in_header(file_name: str | None) -> tuple[int, int] | None:

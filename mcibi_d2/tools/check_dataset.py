@@ -25,7 +25,7 @@ from mcibi_d2.data import SemSegMapper
 from mcibi_d2.data.classes import Classes
 from mcibi_d2.data.datasets import SplitFiles, check_registered, load_records, split_files
 from mcibi_d2.data.image_file import MAX_PIXELS
-from mcibi_d2.data.mapper import fitting_white_level, highest_value
+from mcibi_d2.data.mapper import bright_values, fitting_white_level, say_dark
 from mcibi_d2.data.own import left_out
 from mcibi_d2.data.workers import WorkerLoader
 from mcibi_d2.engine import load_config
@@ -40,7 +40,7 @@ PICTURE_SIDE = 480  # pixels
 class _Check(Dataset):
     """Record i, read as training reads it.
 
-    It is the pixels of each class, or what is wrong, and of 16 bits the image's highest value.
+    It is the pixels of each class, or what is wrong, and the image's :func:`bright_values`.
     """
 
     def __init__(self, name: str, records: list[dict], white_level: int):
@@ -66,18 +66,18 @@ class _Check(Dataset):
         image = sample["image"].numpy().transpose(1, 2, 0)
         return image, sample["sem_seg"].numpy() if labeled else None
 
-    def __getitem__(self, i: int) -> tuple[np.ndarray | None, str | None, int]:
+    def __getitem__(self, i: int) -> tuple[np.ndarray | None, str | None, tuple]:
         metadata = MetadataCatalog.get(self.name)
         count = len(metadata.stuff_classes)
         try:
             labels = self.read(i)[1]
         except InputError as error:
-            return None, str(error), 0
-        highest = highest_value(self.records[i]["file_name"])
+            return None, str(error), (0, 0)
+        bright = bright_values(self.records[i]["file_name"])
         if labels is None:
-            return np.zeros(count + 1, np.int64), None, highest
+            return np.zeros(count + 1, np.int64), None, bright
         labels = np.where(labels == Classes.of(metadata).ignore_label, count, labels)
-        return np.bincount(labels.reshape(-1), minlength=count + 1), None, highest
+        return np.bincount(labels.reshape(-1), minlength=count + 1), None, bright
 
 
 def _as_it_is(item):
@@ -146,19 +146,20 @@ def check(name: str, workers: int, folder: Path, white_level: int | None = None)
     )
     pixels = np.zeros(len(metadata.stuff_classes) + 1, np.int64)
     images = np.zeros_like(pixels)
-    readable, highest = [], 0
-    for i, (counts, problem, high) in enumerate(tqdm(loader, name, unit="image")):
+    readable, brights = [], []
+    for i, (counts, problem, bright) in enumerate(tqdm(loader, name, unit="image")):
         if problem:
             problems.append(problem)
             continue
         readable.append(i)
-        highest = max(highest, high)
+        brights.append(bright)
         pixels += counts
         images += counts > 0
 
     if files.labels is not None:
         print(_class_table(metadata, pixels, images, len(readable)))
     print(f"\n{name}: {_count_sentence(len(files.images), metadata)}")
+    highest = max((value for value, _ in brights), default=0)
     if not white_level and fitting_white_level(highest):
         print(
             f"Its images of 16 bits have values up to {highest:,} alone, of 65,535: too dark. "
@@ -169,6 +170,8 @@ def check(name: str, workers: int, folder: Path, white_level: int | None = None)
             f"Its images of 16 bits have values up to {highest:,}, above INPUT.WHITE_LEVEL, which "
             f"is {white_level:,}: all from there on are white."
         )
+    elif not white_level:
+        print("".join(f"{sentence}\n" for sentence in say_dark(brights)), end="")
     if files.labels is None:
         print("It is a test split: it has no labels.")
     folder.mkdir(parents=True, exist_ok=True)

@@ -38,7 +38,7 @@ from mcibi_d2.data.labels import (
     nearest_values,
     read_label_file,
 )
-from mcibi_d2.data.mapper import fitting_white_level, highest_value
+from mcibi_d2.data.mapper import bright_values, fitting_white_level, say_dark
 from mcibi_d2.data.own import is_taken, split_pairs
 from mcibi_d2.data.pairs import Pair, find_pairs, guess_suffixes
 from mcibi_d2.engine import load_config
@@ -75,8 +75,8 @@ class _Label:
     palette: dict[int, Color] | None
     # Values that are not listed above, and the three numbers for all of them.
     rest: np.ndarray
-    # Of an image of 16 bits, its highest value, else 0.
-    highest: int = 0
+    # Of the image.
+    bright: tuple[int, int] = (0, 0)
 
 
 @dataclass
@@ -89,8 +89,8 @@ class _Labels:
     in_color: bool
     palette: dict[int, Color]
     soft: list | None = None
-    # Highest value of images of 16 bits.
-    highest: int = 0
+    # Of each image.
+    bright: Sequence[tuple[int, int]] = ()
     # What is nowhere but between others, and may be a class of borders all the same.
     doubtful: Sequence = ()
 
@@ -111,7 +111,7 @@ def _read(pair: Pair, how: str = "exact") -> _Label | str:
                 f"{pair.label}: labels of {label.size[0]} x {label.size[1]} (height x width), its "
                 f"image has {size[0]} x {size[1]}"
             )
-        label.highest = highest_value(str(pair.image))
+        label.bright = bright_values(str(pair.image))
     except (_Wrong, InputError) as wrong:
         return " ".join(str(wrong).split())
     return label
@@ -289,7 +289,7 @@ def scan(
         form = "colors" if not tables else "colors, in palettes that differ between the files"
         form = "colors" if how == "nearest" else form
     labels = _Labels(form, pixels, files, in_color, dict(meanings))
-    labels.highest = max(label.highest for label in good.values())
+    labels.bright = [label.bright for label in good.values()]
     if how == "nearest":
         meant = soft_values(pixels, thin, between, rest, surely=False)
         _take_nearest(labels, _parse(named, labels, "--nearest") if named else meant)
@@ -817,12 +817,15 @@ def init_dataset(args: argparse.Namespace) -> None:
     else:
         own.LABEL_IDS, own.LABEL_IGNORED = classes, sorted(ignored)
     own.LABEL_NEAREST, own.LABEL_THRESHOLD = how == "nearest", args.threshold or 0
-    white_level = base_cfg.INPUT.WHITE_LEVEL or fitting_white_level(labels.highest)
-    if white_level and labels.highest:
+    highest = max(value for value, _ in labels.bright)
+    white_level = base_cfg.INPUT.WHITE_LEVEL or fitting_white_level(highest)
+    if white_level and highest:
         said.append(
-            f"Images of 16 bits have values up to {labels.highest:,} of 65,535, so that "
+            f"Images of 16 bits have values up to {highest:,} of 65,535, so that "
             f"{white_level:,} becomes white (INPUT.WHITE_LEVEL)."
         )
+    elif not white_level:
+        said += say_dark(labels.bright)
     alone = [path for some in found for path in some.alone]
     links = [sentence for some in found for sentence in some.links]
     names = dict(zip(classes, own.CLASS_NAMES, strict=True))
