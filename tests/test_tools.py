@@ -86,6 +86,13 @@ def test_words_that_only_look_like_keys(monkeypatch, tmp_path):
     assert args.opts == ["MODEL.DEVICE", "cpu", "--images"]
 
 
+@pytest.mark.parametrize("words", [["benchmark", "memory"], ["benchmark", "step"], ["complexity"]])
+def test_devices_that_are_not_there(words, capsys):
+    with pytest.raises(SystemExit):
+        parser_of(words[0]).parse_args([*words[1:], "--device", "foo"])
+    assert "cannot use 'foo' here, expected a device that is there" in capsys.readouterr().err
+
+
 def fail(error):
     raise error
 
@@ -100,6 +107,10 @@ def fail(error):
                 "mcibi_d2.errors.InputError: x.png: cannot be read"
             ),
             "error: x.png: cannot be read",
+        ),
+        (
+            NotADirectoryError(20, "Not a directory", "/dev/null/x"),
+            "error: /dev/null/x: Not a directory",
         ),
         (KeyboardInterrupt(), 130),
     ],

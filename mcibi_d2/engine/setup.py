@@ -112,6 +112,11 @@ def setup(args: argparse.Namespace) -> CfgNode:
         raise InputError("--eval-only needs DATASETS.TEST, which is empty")
     if args.num_gpus < 1:
         raise InputError(f"--num-gpus is {args.num_gpus}, expected at least 1 process")
+    if not 0 <= args.machine_rank < args.num_machines:
+        raise InputError(
+            f"--machine-rank is {args.machine_rank}, expected 0 up to --num-machines "
+            f"({args.num_machines}) less one"
+        )
     if cfg.MODEL.WEIGHTS and not resuming:
         check_weights_exist(cfg.MODEL.WEIGHTS)
     removed = _refuse_used_folder(args, cfg)

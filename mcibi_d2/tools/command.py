@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
+import torch
 from detectron2.config import CfgNode, get_cfg
 
 from mcibi_d2 import InputError, add_mcibi_config
@@ -50,6 +51,12 @@ class ToolParser(argparse.ArgumentParser):
             help=f"config keys and values, last of all: --opts {example}",
         )  # fmt: skip
 
+    def add_device(self) -> None:
+        """Add ``--device``, for tools without a config."""
+        self.add_argument(
+            "--device", type=_usable_device, default="cpu", help="cpu (default) or cuda"
+        )
+
     def parse_known_args(self, args: Sequence[str] | None = None, namespace=None):
         """Parse as :mod:`argparse` does, which calls this for subcommands as well."""
         args = list(sys.argv[1:] if args is None else args)
@@ -69,6 +76,16 @@ class ToolParser(argparse.ArgumentParser):
             raise InputError(f"{argument}: is a config key, which {self.prog} does not take")
 
 
+def _usable_device(name: str) -> str:
+    try:
+        torch.empty(1, device=name)
+    except Exception as error:  # whatever a backend that is not there raises
+        raise argparse.ArgumentTypeError(
+            f"torch {torch.__version__} cannot use {name!r} here, expected a device that is there"
+        ) from error
+    return name
+
+
 def _is_key(argument: str) -> bool:
     """Whether a word is a config key, or one of a known section with a slip in it."""
     first, dot, _ = argument.partition(".")
@@ -80,8 +97,9 @@ def _is_key(argument: str) -> bool:
 def run_tool(main: Callable[[], None]) -> None:
     """Call a tool's ``main``, and end the program as its outcome says.
 
-    An :class:`InputError` is one line and status 1, Ctrl-C status 130. Where what reads the output
-    has gone (``| head``), nothing more is said.
+    An :class:`InputError` is one line and status 1, and so is a file or folder that the system
+    refuses; Ctrl-C is status 130. Where what reads the output has gone (``| head``), nothing more
+    is said.
     """
     try:
         main()
@@ -95,3 +113,7 @@ def run_tool(main: Callable[[], None]) -> None:
         # Python flushes the output once more when it ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        sys.exit(f"error: {error.filename}: {error.strerror}")

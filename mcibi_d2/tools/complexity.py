@@ -241,7 +241,7 @@ def make_parser() -> ToolParser:
         "--size", type=int, nargs=2, default=(512, 512), metavar=("H", "W"),
         help="of the image, with --config-file (512 512)",
     )  # fmt: skip
-    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    parser.add_device()
     parser.add_argument("--repeats", type=int, default=3, help="of the timing; 0: no timing (3)")
     parser.add_argument("--json", action="store_true", help="print a list of objects instead")
     parser.add_opts("MODEL.MCIBI.CONTEXT aspp")

@@ -4,12 +4,13 @@ python -m mcibi_d2.tools.train --config-file ade20k/mcibi_R50.yaml --num-gpus 8
 python -m mcibi_d2.tools.train --config-file ... --eval-only MODEL.WEIGHTS output/model_final.pth
 torchrun --nproc-per-node 8 -m mcibi_d2.tools.train --config-file ade20k/mcibi_R50.yaml --resume
 
-Config keys stand at the end, as for Detectron2's training programs. In a checkout, train_net.py is
-the same program.
+Config keys stand at the end, as for Detectron2's training programs; --opts before them, as for the
+other tools, may be written. In a checkout, train_net.py is the same program.
 """
 
 import argparse
 import os
+import sys
 
 from detectron2.config import CfgNode
 from detectron2.engine import default_setup
@@ -66,7 +67,8 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     """Run the tool."""
-    launch(train, setup, make_parser().parse_args())
+    words = [word for word in sys.argv[1:] if word != "--opts"]
+    launch(train, setup, make_parser().parse_args(words))
 
 
 if __name__ == "__main__":

@@ -233,6 +233,6 @@ def add_commands(parts) -> list[argparse.ArgumentParser]:
     part = parts.add_parser("evaluation", help="from logits at stride 8 to counted confusion")
     part.add_argument("--repeats", type=int, default=7, help="of each way (7)")
     part.add_argument("--images", type=int, default=500, help="over which memory may grow (500)")
-    part.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    part.add_device()
     part.set_defaults(run=benchmark_evaluation)
     return [part]

@@ -389,5 +389,5 @@ def add_commands(parts) -> list[argparse.ArgumentParser]:
     attention.add_argument("--repeats", type=int, default=5, help="of each call (5)")
     attention.set_defaults(run=benchmark_attention)
     for part in (memory, attention):
-        part.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+        part.add_device()
     return [memory, attention]

@@ -97,6 +97,6 @@ def add_commands(parts) -> list[argparse.ArgumentParser]:
     part.add_argument("--size", nargs=2, type=int, default=(360, 480), metavar=("H", "W"))
     part.add_argument("--batch", type=int, default=8, help="images together (8)")
     part.add_argument("--repeats", type=int, default=7, help="of each way (7)")
-    part.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    part.add_device()
     part.set_defaults(run=benchmark_predict)
     return [part]

@@ -365,6 +365,6 @@ def add_commands(parts) -> list[argparse.ArgumentParser]:
         part.add_argument(
             "--repeats", type=int, default=repeats, help=f"of each side, after one ({repeats})"
         )
-        part.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+        part.add_device()
     step.add_opts("MODEL.BACKBONE.CHECKPOINTING True")
     return [loss, step]
