@@ -22,7 +22,8 @@ def add_mcibi_config(cfg: CN) -> None:
     # How the pixels read the memory. pixels: each pixel gathers the rows of its likely classes, and
     # attends to what all pixels gathered (Eq. 12-14). rows: each pixel attends to the rows
     # themselves, which is cheaper. none: the memory is not read; its loss still trains the
-    # classifier.
+    # classifier. slots: pixels with an attention block for each slot of MEMORY.SLOTS; pixels is
+    # this where there are several slots.
     cfg.MODEL.MCIBI.AGGREGATION = "pixels"
     # With AGGREGATION rows: whether the class probabilities of Eq. 11 are a bias of the attention.
     cfg.MODEL.MCIBI.ROWS_BIAS = True

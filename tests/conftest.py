@@ -9,6 +9,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 warnings.filterwarnings("ignore", category=FutureWarning)
 
 from mcibi_d2.engine import load_config  # noqa: E402
+from mcibi_d2.modeling import MCIBIHead  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 
@@ -40,6 +41,31 @@ def make_tiny_cfg(output_dir, *options, config="scenes/mcibi_tiny.yaml"):
             *options,
         ],
     )  # fmt: skip
+
+
+HEAD_KEYS = {
+    "num_classes": "SEM_SEG_HEAD.NUM_CLASSES", "channels": "SEM_SEG_HEAD.CONVS_DIM",
+    "norm": "SEM_SEG_HEAD.NORM", "dropout": "SEM_SEG_HEAD.DROPOUT", "loss": "SEM_SEG_HEAD.LOSS",
+    "aux_features": "SEM_SEG_HEAD.AUX_FEATURES", "aux_convs": "SEM_SEG_HEAD.AUX_CONVS",
+    "aux_upsampling": "SEM_SEG_HEAD.AUX_UPSAMPLING", "activation": "SEM_SEG_HEAD.ACTIVATION",
+    "class_weights": "SEM_SEG_HEAD.CLASS_WEIGHTS", "in_features": "SEM_SEG_HEAD.IN_FEATURES",
+    "ohem_threshold": "SEM_SEG_HEAD.OHEM.THRESHOLD", "ohem_min_kept": "SEM_SEG_HEAD.OHEM.MIN_KEPT",
+    "memory_update": "MCIBI.MEMORY.UPDATE", "memory_slots": "MCIBI.MEMORY.SLOTS",
+}  # fmt: skip
+
+
+def make_head(shapes, **options):
+    """A head from a config; options are keys of MODEL.MCIBI in small letters, or HEAD_KEYS."""
+    cfg = load_config()
+    cfg.MODEL.DEVICE = "cpu"
+    options = {"in_features": ["res5"], "aux_features": [], "norm": "BN", **options}
+    for name, value in options.items():
+        *nodes, key = HEAD_KEYS.get(name, f"MCIBI.{name.upper()}").split(".")
+        node = cfg.MODEL
+        for inner in nodes:
+            node = node[inner]
+        node[key] = value
+    return MCIBIHead(cfg, shapes)
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mcibi_d2.modeling import Attention
-from mcibi_d2.modeling.attention import RowAttention, SlotAttention
+from mcibi_d2.modeling.memory import READERS
 
 
 @settings(max_examples=20, deadline=None)
@@ -43,7 +43,7 @@ def test_row_attention_is_a_softmax_over_the_initialised_rows(
     seed, batch, grid, rows, biased, any_row
 ):
     generator = torch.Generator().manual_seed(seed)
-    attention = RowAttention(12, 8, biased=biased).double().eval()
+    attention = READERS["rows"](12, 8, rows_bias=biased).double().eval()
     pixels = torch.randn(batch, 12, *grid, generator=generator, dtype=torch.float64)
     memory = torch.randn(rows, 12, generator=generator, dtype=torch.float64)
     known = torch.rand(rows, generator=generator) < 0.6
@@ -71,7 +71,7 @@ def test_row_attention_is_a_softmax_over_the_initialised_rows(
 
 
 def test_slot_attention_joins_one_attention_per_slot():
-    attention = SlotAttention(3, 12, 8).eval()
+    attention = READERS["slots"](12, 8, slots=3).eval()
     pixels, context = torch.randn(2, 12, 4, 5), torch.randn(2, 36, 4, 5)
     refined = [of(pixels, c) for of, c in zip(attention.of_slot, context.split(12, 1), strict=True)]
     torch.testing.assert_close(attention(pixels, context), attention.join(torch.cat(refined, 1)))

@@ -34,7 +34,9 @@ def test_means_are_those_of_the_upsampled_features(tmp_path, enabled):
         with torch.no_grad():
             pixels = head.project(maps[head.in_feature])
             if enabled == "True":
-                pixels = head.fuse(pixels, head._gather(pixels, head.h1(pixels)))
+                pixels = head.fuse(
+                    pixels, head.attention.read(pixels, head.h1(pixels), head.memory)
+                )
         labels = x["sem_seg"]
         pixels = F.interpolate(pixels, labels.shape, mode="bilinear", align_corners=False)[0]
         for k in range(head.num_classes):

@@ -1,5 +1,6 @@
 import copy
 
+import conftest
 import processes
 import pytest
 import torch
@@ -9,17 +10,13 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from mcibi_d2 import InputError
-from mcibi_d2.modeling import MCIBIHead
 
 SHAPES = {"res4": ShapeSpec(channels=10, stride=8), "res5": ShapeSpec(channels=20, stride=8)}
 
 
 def make_head(**changes):
-    arguments = {
-        "in_feature": "res5", "num_classes": 5, "channels": 16, "attention_dim": 8,
-        "aux_features": ["res4"],
-    }  # fmt: skip
-    return MCIBIHead(SHAPES, **{**arguments, **changes})
+    arguments = {"num_classes": 5, "channels": 16, "attention_dim": 8, "aux_features": ["res4"]}
+    return conftest.make_head(SHAPES, **{**arguments, **changes})
 
 
 def make_input(batch=2, grid=(9, 13), size=(65, 97), classes=5):
@@ -80,8 +77,8 @@ def test_losses_are_averages_over_valid_pixels():
         total = share = 0.0
         for n, y, x in (targets != 255).nonzero().tolist():
             label = targets[n, y, x]
-            total -= head.class_weights[label] * logits[n, :, y, x].log_softmax(0)[label]
-            share += head.class_weights[label]
+            total -= head.pixel_loss.class_weights[label] * logits[n, :, y, x].log_softmax(0)[label]
+            share += head.pixel_loss.class_weights[label]
         torch.testing.assert_close(losses[f"loss_{name}"], weight[name] * total / share)
 
 
@@ -102,7 +99,7 @@ def test_memory_loss_leaves_the_statistics_and_the_rows_alone():
     head = make_head()
     head.memory.initialize(torch.randn(5, 16), torch.ones(5, dtype=torch.bool))
     rows, mean = head.memory.rows.clone(), head.h2[1].running_mean.clone()
-    head._memory_loss().backward()
+    head.memory_loss(head.h2, head.memory).backward()
     assert torch.equal(head.memory.rows, rows)
     assert torch.equal(head.h2[1].running_mean, mean)
 
@@ -117,7 +114,7 @@ def test_memory_loss_with_batch_statistics_is_a_training_pass_of_the_initialised
     classes = torch.arange(5).repeat_interleave(slots)
     expected = F.cross_entropy(plain(rows[known][:, :, None, None]).flatten(1), classes[known])
     expected.backward()
-    loss = head._memory_loss()
+    loss = head.memory_loss(head.h2, head.memory)
     loss.backward()
     torch.testing.assert_close(loss, expected)
     for ours, its in zip(head.h2.parameters(), plain.parameters(), strict=True):
@@ -131,23 +128,23 @@ def test_memory_loss_with_batch_statistics_is_a_training_pass_of_the_initialised
 def test_batch_statistics_of_less_than_two_rows_are_the_running_ones(known, classes):
     head = make_head(num_classes=classes, dropout=0.0, rcl_bn="batch")
     running = copy.deepcopy(head)
-    running.rcl_bn = "running"
+    running.memory_loss.batch_norm = "running"
     for h in (head, running):
         generator = torch.Generator().manual_seed(0)
         h.memory.initialize(
             torch.randn(classes, 16, generator=generator), torch.arange(classes) < known
         )
-    loss = head._memory_loss()
-    torch.testing.assert_close(loss, running._memory_loss())
+    loss = head.memory_loss(head.h2, head.memory)
+    torch.testing.assert_close(loss, running.memory_loss(running.h2, running.memory))
     assert torch.equal(head.h2[1].running_var, torch.ones(16))
 
 
 def test_inactive_memory_loss_is_zero_and_changes_no_statistics():
     head = make_head(rcl_bn="batch")
     head.memory.initialize(torch.randn(5, 16), torch.ones(5, dtype=torch.bool))
-    head.memory_loss_active = False
+    head.memory_loss.active = False
     mean = head.h2[1].running_mean.clone()
-    head._memory_loss()
+    head.memory_loss(head.h2, head.memory)
     assert torch.equal(head.h2[1].running_mean, mean)
     _, losses = head(*make_input())
     assert losses["loss_m"] == 0
@@ -285,7 +282,7 @@ def test_one_class_and_one_image(rcl_bn):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"in_feature": "res9"}, "'res9'.*res4, res5"),
+        ({"in_features": ["res9"]}, "'res9'.*res4, res5"),
         ({"aux_features": ["res9"]}, "'res9'"),
         ({"fusion": "multiply"}, "concat, add, weighted_add"),
         ({"rcl_bn": "frozen"}, "running, batch"),

@@ -1,6 +1,7 @@
 import contextlib
 from functools import partial
 
+import conftest
 import processes
 import pytest
 import torch
@@ -11,7 +12,6 @@ from hypothesis import strategies as st
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mcibi_d2.modeling import MCIBIHead
 from mcibi_d2.modeling import losses as losses_module
 from mcibi_d2.modeling.losses import (
     hard_pixels_cross_entropy,
@@ -248,9 +248,9 @@ def test_wrong_shapes_are_refused(logits, labels, weight, message):
 
 def make_head(**changes):
     shapes = {"res4": ShapeSpec(channels=4, stride=8), "res5": ShapeSpec(channels=6, stride=8)}
-    arguments = {"in_feature": "res5", "num_classes": 5, "channels": 8, "attention_dim": 4}
+    arguments = {"num_classes": 5, "channels": 8, "attention_dim": 4}
     arguments |= {"aux_features": ["res4"], "dropout": 0.0, **changes}
-    return MCIBIHead(shapes, **arguments)
+    return conftest.make_head(shapes, **arguments)
 
 
 def make_batch(seed):

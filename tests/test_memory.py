@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mcibi_d2.modeling import FeatureMemory
-from mcibi_d2.modeling import memory as memory_module
-from mcibi_d2.modeling.memory import interpolate_pixels
+from mcibi_d2.modeling.memory import class_sums, interpolate_pixels
 
 SIZES = st.integers(1, 9)
 
@@ -58,7 +57,7 @@ def test_update_equals_the_equations(
     )  # fmt: skip
     memory.to(dtype)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(memory_module, "_on_host", lambda tensor: on_host)
+        patch.setattr(class_sums, "_on_host", lambda tensor: on_host)
         memory.observe(features.to(dtype), labels)
     memory.commit(momentum)
     assert torch.equal(memory.initialized, initialized)
@@ -91,7 +90,7 @@ def test_update_with_slots_equals_the_equations(
         rows.clone(), known, features, labels, 0.4, update == "cosine"
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(memory_module, "_on_host", lambda tensor: on_host)
+        patch.setattr(class_sums, "_on_host", lambda tensor: on_host)
         memory.observe(features, labels)
     memory.commit(0.4)
     assert torch.equal(memory.initialized, initialized.flatten())

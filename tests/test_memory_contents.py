@@ -100,7 +100,7 @@ def test_gathered_rows_are_those_of_a_loop(tmp_path, options):
         logits = head.h1(head.project(model.backbone(images.tensor)[head.in_feature]))
     sums, counts = np.zeros((16, 16)), np.zeros(16)
     for x, scores in zip(batch, logits, strict=True):
-        if head.hard:
+        if head.attention.hard:
             weights = F.one_hot(scores.argmax(0), 16).permute(2, 0, 1).float()
         else:
             weights = scores.softmax(0)

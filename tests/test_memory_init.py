@@ -7,7 +7,7 @@ import processes
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import make_tiny_cfg
+from conftest import make_head, make_tiny_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.layers import ShapeSpec
 from detectron2.structures import ImageList
@@ -16,7 +16,7 @@ from mcibi_d2 import InputError
 from mcibi_d2.data import SemSegMapper
 from mcibi_d2.engine import MemoryInitHook, Trainer, memory_init
 from mcibi_d2.engine.memory_init import cluster_pixels, read_rows
-from mcibi_d2.modeling import FeatureMemory, MCIBIHead
+from mcibi_d2.modeling import FeatureMemory
 
 
 class TinyModel(torch.nn.Module):
@@ -25,13 +25,8 @@ class TinyModel(torch.nn.Module):
     def __init__(self, classes, divisibility=0, slots=1):
         super().__init__()
         shape = {"res5": ShapeSpec(channels=3, stride=1)}
-        self.head = MCIBIHead(
-            shape,
-            in_feature="res5",
-            num_classes=classes,
-            channels=3,
-            attention_dim=2,
-            memory_slots=slots,
+        self.head = make_head(
+            shape, num_classes=classes, channels=3, attention_dim=2, memory_slots=slots
         )
         self.head.project = torch.nn.Identity()
         self.backbone = torch.nn.Module()

@@ -1,5 +1,6 @@
 """What the released models compute otherwise, each against the same thing written down slowly."""
 
+import conftest
 import cv2
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from mcibi_d2.data.augmentation import build_test_augmentation
 from mcibi_d2.engine import Trainer, load_config
 from mcibi_d2.engine.setup import check_config
 from mcibi_d2.evaluation import SemanticSegmentorWithTTA
-from mcibi_d2.modeling import FeatureMemory, MCIBIHead, TimmBackbone
+from mcibi_d2.modeling import FeatureMemory, TimmBackbone
 from mcibi_d2.modeling.context import CONTEXTS
 
 
@@ -32,9 +33,7 @@ SHAPES = {"res3": ShapeSpec(channels=5, stride=16), "res5": ShapeSpec(channels=7
 
 
 def make_head(**options):
-    return MCIBIHead(
-        SHAPES, in_feature="res5", num_classes=3, channels=8, attention_dim=4, **options
-    )
+    return conftest.make_head(SHAPES, num_classes=3, channels=8, attention_dim=4, **options)
 
 
 def test_leaky_relu_is_in_every_layer():

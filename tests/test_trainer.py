@@ -523,7 +523,7 @@ def test_schedules_follow_the_recipe_on_fewer_processes(tmp_path, monkeypatch, t
 
     def watched():
         rate = trainer.optimizer.param_groups[0]["lr"]
-        seen.append((rate, head.memory_loss_active, memory_hook._momentum()))
+        seen.append((rate, head.memory_loss.active, memory_hook._momentum()))
         run_step()
 
     trainer.run_step = watched

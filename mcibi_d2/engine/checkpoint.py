@@ -17,7 +17,8 @@ from torch import nn
 
 from ..errors import InputError
 from ..files import read_data
-from .class_names import CLASSES, classes_of_head, names_in, require_same
+from ..modeling.memory import classes_of_head
+from .class_names import CLASSES, names_in, require_same
 
 # Where timm's own keys are found in our models.
 _TIMM_PREFIX = "backbone.net."

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-import torch
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 
@@ -73,18 +72,6 @@ def require_same(
         f"{found_in} has other classes than {expected_in}: class {k} is {found[k]!r}, expected "
         f"{expected[k]!r}{order}; {_ALLOWED_BY}"
     )
-
-
-def classes_of_head(state: dict, prefix: str) -> int | None:
-    """The number of classes of the head beside a memory, None if it is not in the state.
-
-    Args:
-        state: of a model, or a part of it.
-        prefix: of the head's names in it.
-    """
-    # The last bias of H2 has one number for each class.
-    biases = [v for k, v in state.items() if k.startswith(f"{prefix}h2.") and k.endswith("bias")]
-    return len(biases[-1]) if biases and torch.is_tensor(biases[-1]) else None
 
 
 def _plain(name: str) -> str:

@@ -19,6 +19,7 @@ from ..data.classes import Classes
 from ..data.datasets import check_registered, load_records
 from ..errors import InputError
 from ..modeling.backbones import check_name
+from ..modeling.memory import READERS
 from .class_names import check_data_sets
 from .config_table import METADATA as _METADATA
 from .config_table import OBJECT_DETECTORS, REMOVED, TABLE, Rule, rule_of
@@ -264,7 +265,7 @@ def _check_head(model: CfgNode) -> None:
         raise InputError(
             f"MODEL.SEM_SEG_HEAD.CLASS_WEIGHTS is {shown(weights)}, expected one above 0"
         )
-    if mcibi.HARD_AGGREGATION and mcibi.AGGREGATION != "pixels":
+    if mcibi.HARD_AGGREGATION and not getattr(READERS[mcibi.AGGREGATION], "mixes", False):
         raise InputError(
             f"MODEL.MCIBI.HARD_AGGREGATION is True, which needs MODEL.MCIBI.AGGREGATION pixels, "
             f"not {mcibi.AGGREGATION}"

@@ -15,15 +15,9 @@ from ..input_size import TEST_RESIZES, WITHOUT_CITYSCAPES
 from ..modeling.backbones import NORMS as BACKBONE_NORMS
 from ..modeling.backbones import VARIANTS
 from ..modeling.fusion import FUSIONS
-from ..modeling.head import (
-    ACTIVATIONS,
-    AGGREGATIONS,
-    CONTEXT_NAMES,
-    KERNELS,
-    LOSSES,
-    RCL_BATCH_NORMS,
-)
-from ..modeling.memory import UPDATES
+from ..modeling.head import ACTIVATIONS, CONTEXT_NAMES, KERNELS
+from ..modeling.losses import LOSSES
+from ..modeling.memory import BATCH_NORMS, READERS, UPDATES
 from ..modeling.necks import NECKS
 from ..modeling.norms import NORMS as HEAD_NORMS
 from ..modeling.segmentor import INFERENCES
@@ -312,7 +306,7 @@ TABLE: dict[str, Rule] = dict(
             {
                 "ENABLED": _switch,
                 "CONTEXT": Choice(CONTEXT_NAMES),
-                "AGGREGATION": Choice(AGGREGATIONS),
+                "AGGREGATION": Choice(READERS),
                 "ROWS_BIAS": _switch,
                 "HARD_AGGREGATION": _switch,
                 "FUSION": Choice(FUSIONS),
@@ -323,7 +317,7 @@ TABLE: dict[str, Rule] = dict(
                 "LOSS_WEIGHT_W": _weight,
                 "LOSS_WEIGHT_M": _weight,
                 "LOSS_START_M": _iteration,
-                "RCL_BN": Choice(RCL_BATCH_NORMS),
+                "RCL_BN": Choice(BATCH_NORMS),
                 "MEMORY.INIT": Choice(INITS),
                 "MEMORY.INIT_MAX_IMAGES": Whole(1, _ITERATIONS),
                 "MEMORY.INIT_PIXELS": Whole(1, 10**6),

@@ -122,7 +122,7 @@ class MemoryUpdateHook(HookBase):
     def before_step(self) -> None:
         """Switch the memory loss on when its time has come."""
         for head in self._heads:
-            head.memory_loss_active = self.trainer.iter >= self.loss_start
+            head.memory_loss.active = self.trainer.iter >= self.loss_start
 
     def after_step(self) -> None:
         """Update the rows; look at them, if it is time."""

@@ -19,8 +19,9 @@ from ..data.loader import TrainingStream
 from ..errors import InputError
 from ..files import read_data
 from ..modeling import FeatureMemory, MCIBIHead, MCIBISegmentor
-from ..modeling.memory import interpolate_pixels
-from .class_names import classes_of_head, names_in, require_same
+from ..modeling.labels import classes_of
+from ..modeling.memory import interpolate_pixels, rows_for
+from .class_names import names_in, require_same
 from .memory_hooks import part_of, unwrap
 from .stop import end_if_asked
 
@@ -173,7 +174,7 @@ class _Draw:
 
         Args:
             image: as the model takes it.
-            labels: (H, W); other numbers than those of a class are left out.
+            labels: (H, W) int64; K for what has no class.
             number: of the image.
             seed: of the draw.
             position: of the image in the training stream.
@@ -183,8 +184,8 @@ class _Draw:
         state = np.random.SeedSequence([seed, position]).generate_state(1, np.uint64)
         generator = torch.Generator().manual_seed(int(state[0] >> 1))
         drawn = torch.rand(labels.numel(), generator=generator, dtype=torch.float64)
-        flat = labels.flatten().long()
-        counted = flat[(flat >= 0) & (flat < classes)].bincount(minlength=classes)
+        flat = labels.flatten()
+        counted = flat.bincount(minlength=classes + 1)[:classes]
         self.count += counted
         taken = False
         for k in counted.nonzero().flatten().tolist():
@@ -365,10 +366,10 @@ def _identity(x: dict) -> tuple | int | None:
 
 
 def _padded_labels(labels: Tensor, model: nn.Module, head: MCIBIHead) -> Tensor:
-    """The labels of an image, (H, W), where its features cover it; -1 for what is to be ignored."""
+    """The classes of an image, (H, W), where its features cover it; K for what has none."""
     unit = model.backbone.size_divisibility
-    labels = ImageList.from_tensors([labels.cpu()], unit, head.ignore_value).tensor[0].long()
-    return labels.masked_fill(labels == head.ignore_value, -1)
+    labels = ImageList.from_tensors([labels.cpu()], unit, head.ignore_value).tensor[0]
+    return classes_of(labels, head.num_classes, head.ignore_value)[0]
 
 
 def _projection(model: nn.Module, head: MCIBIHead) -> Callable[[list[Tensor]], Tensor]:
@@ -377,7 +378,7 @@ def _projection(model: nn.Module, head: MCIBIHead) -> Callable[[list[Tensor]], T
 
         def project(images: list[Tensor]) -> Tensor:
             images = model.preprocess([{"image": image} for image in images])
-            return head.project(model.backbone(images.tensor)[head.in_feature])
+            return head.pixels(model.backbone(images.tensor))
 
         return project
 
@@ -467,62 +468,27 @@ def cluster_pixels(pixels: Tensor, counts: Tensor, slots: int, seed: int) -> tup
 def read_rows(
     path: str, memory: FeatureMemory, class_names: Sequence[str] = ()
 ) -> tuple[Tensor, Tensor]:
-    """Rows from a file.
+    """Rows from the file of ``MODEL.MCIBI.MEMORY.INIT_FILE``.
 
     Args:
-        path: ``.npy``, or what ``torch.save`` wrote: a tensor, or a checkpoint with a memory. The
-            shape is that of the memory's rows, or (K, S, C).
+        path: ``.npy``, or what ``torch.save`` wrote; see
+            :func:`mcibi_d2.modeling.memory.rows_for`.
         memory: that they are for.
         class_names: of the memory's classes; a checkpoint with others is refused.
 
     Returns:
-        (K * S, C) rows, and (K * S,) bool, which of them are there: those that the checkpoint calls
-        initialised, or those that are not zero.
+        (K * S, C) rows, and (K * S,) bool, which of them are there.
 
     Raises:
         InputError: if the file cannot be read, has no memory, or one of another shape, or for
             other classes.
     """
-    key = f"MODEL.MCIBI.MEMORY.INIT_FILE: {path}"
-    if not PathManager.isfile(path):
-        raise InputError(f"{key}: no such file, expected the rows of the memory")
     try:
-        loaded = read_data(PathManager.get_local_path(path), ".npy or .pth")
+        if not PathManager.isfile(path):
+            raise InputError(f"{path}: no such file, expected the rows of the memory")
+        content = read_data(PathManager.get_local_path(path), ".npy or .pth")
+        if isinstance(content, dict):
+            require_same(class_names, "this run", names_in(content), path)
+        return rows_for(memory, content, path)
     except InputError as error:
         raise InputError(f"MODEL.MCIBI.MEMORY.INIT_FILE: {error}") from error
-    if isinstance(loaded, np.ndarray) and loaded.dtype.kind == "f":
-        loaded = torch.from_numpy(loaded.astype(np.float32))
-    expected = tuple(memory.rows.shape)
-    found = None
-    if isinstance(loaded, dict):
-        state = loaded["model"] if isinstance(loaded.get("model"), dict) else loaded
-        names = [name for name in state if f".{name}".endswith(".memory.rows")]
-        if len(names) != 1:
-            raise InputError(f"{key}: has {len(names)} tensors called memory.rows, expected one")
-        require_same(class_names, "this run", names_in(loaded), key)
-        there = classes_of_head(state, names[0].removesuffix("memory.rows"))
-        loaded = state[names[0]]
-        if there not in (None, memory.num_classes):
-            raise InputError(
-                f"{key}: its memory is for {there} classes, expected one for {memory.num_classes}"
-            )
-        found = state.get(names[0].removesuffix("rows") + "initialized")
-        if found is not None and not (
-            torch.is_tensor(found) and found.dtype == torch.bool and found.shape == expected[:1]
-        ):
-            raise InputError(
-                f"{key}: its memory.initialized does not fit, expected {expected[0]} bools"
-            )
-    by_class = (memory.num_classes, memory.slots, memory.channels)
-    if not torch.is_tensor(loaded) or tuple(loaded.shape) not in (expected, by_class):
-        shape = tuple(loaded.shape) if torch.is_tensor(loaded) else type(loaded).__name__
-        if isinstance(loaded, np.ndarray):
-            raise InputError(f"{key}: numbers of type {loaded.dtype}, expected floating point")
-        raise InputError(f"{key}: {shape}, expected rows of shape {expected} or {by_class}")
-    if not loaded.is_floating_point():
-        raise InputError(f"{key}: numbers of type {loaded.dtype}, expected floating point")
-    rows = loaded.reshape(expected).float()
-    if not rows.isfinite().all():
-        bad = (~rows.isfinite()).any(dim=1).nonzero().flatten().tolist()
-        raise InputError(f"{key}: rows {bad[:10]} are not finite, expected numbers")
-    return rows, rows.any(dim=1) if found is None else found

@@ -4,11 +4,11 @@ from collections.abc import Iterable
 
 import numpy as np
 import torch
-from detectron2.structures import ImageList
 from torch import Tensor, nn
 
 from ..errors import InputError
-from ..modeling import FeatureMemory, MCIBIHead
+from ..modeling import MCIBIHead
+from ..modeling.memory import ClassMeans
 
 
 @torch.no_grad()
@@ -28,31 +28,19 @@ def class_features(model: nn.Module, batches: Iterable[list[dict]]) -> tuple[Ten
     head = model.sem_seg_head
     if not isinstance(head, MCIBIHead):
         raise InputError(f"the head is {type(head).__name__}, expected MCIBIHead")
-    seen: list[Tensor] = []
-    classifier = head.h2 if head.enabled else head.classify
-    hook = classifier.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     features, classes = [], []
-    try:
-        for batch in batches:
-            images = model.preprocess(batch)
-            seen.clear()
-            head(model.backbone(images.tensor))
-            maps = seen[0].float()
-            # The features cover the padded images.
-            targets = ImageList.from_tensors(
-                [x["sem_seg"].to(maps.device) for x in batch],
-                model.backbone.size_divisibility,
-                head.ignore_value,
-            ).tensor
-            for image, labels in zip(maps, targets, strict=True):
-                # Of one image, what a memory starts with is the mean of each class.
-                means = FeatureMemory(head.num_classes, len(image), update="mean").to(maps.device)
-                means.observe(image[None], labels[None], head.ignore_value)
-                means.commit(1.0)
-                features.append(means.rows[means.initialized].cpu())
-                classes.append(means.initialized.nonzero().flatten().cpu())
-    finally:
-        hook.remove()
+    for batch in batches:
+        images = model.preprocess(batch)
+        maps = head.describe(model.backbone(images.tensor)).augmented.float()
+        # The features cover the padded images.
+        targets = model.pad_targets([x["sem_seg"] for x in batch])
+        for image, labels in zip(maps, targets, strict=True):
+            of_image = ClassMeans(head.num_classes, len(image), maps.dtype, maps.device)
+            of_image.add(image[None], labels[None], head.ignore_value)
+            means = of_image.means()
+            found = means.isfinite().all(dim=1)
+            features.append(means[found].cpu())
+            classes.append(found.nonzero().flatten().cpu())
     return torch.cat(features), torch.cat(classes)
 
 

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from detectron2.structures import ImageList
 from torch import Tensor, nn
 
 from ..errors import InputError
 from ..files import read_data
 from ..modeling import FeatureMemory
+from ..modeling.memory import ClassMeans, memory_in
 
 
 @dataclass
@@ -40,32 +40,13 @@ class MemoryContents:
         Raises:
             InputError: the file cannot be read, or holds no checkpoint.
         """
-        state = read_data(path, "a checkpoint")
-        if isinstance(state, dict) and isinstance(state.get("model"), dict):
-            state = state["model"]
-        if not isinstance(state, dict):
-            raise InputError(f"{path}: holds a {type(state).__name__}, expected a checkpoint")
-        names = [name for name in state if f".{name}".endswith(".memory.rows")]
-        if not names:
+        content = read_data(path, "a checkpoint")
+        if not isinstance(content, dict):
+            raise InputError(f"{path}: holds a {type(content).__name__}, expected a checkpoint")
+        stored = memory_in(content, path)
+        if stored is None:
             return None
-        prefix = names[0].removesuffix("memory.rows")
-        if not torch.is_tensor(state[names[0]]):
-            raise InputError(f"{path}: its {names[0]} is no tensor, expected a checkpoint")
-        rows = state[names[0]].float()
-        initialized = state.get(f"{prefix}memory.initialized")
-        if initialized is None:
-            initialized = rows.any(dim=1)
-        # H2's last bias has one number for each class.
-        biases = [
-            v for k, v in state.items() if f"{k}".startswith(f"{prefix}h2.") and k.endswith("bias")
-        ]
-        num_classes = len(biases[-1]) if biases else len(rows)
-        if len(initialized) != len(rows) or len(rows) % num_classes:
-            raise InputError(
-                f"{path}: its memory has {len(rows)} rows and {len(initialized)} flags for "
-                f"{num_classes} classes, expected as many for each"
-            )
-        return cls(rows, initialized.bool(), num_classes)
+        return cls(stored.rows, stored.initialized, stored.num_classes or len(stored.rows))
 
     @property
     def slots(self) -> int:
@@ -122,21 +103,13 @@ def gathered_rows(model: nn.Module, batches: Iterable[list[dict]]) -> Tensor:
     """
     head = model.sem_seg_head
     memory = head.memory
-    known = memory.initialized.view(memory.num_classes, memory.slots).any(dim=1)[:, None, None]
-    # The mean over the pixels of each class is what a memory of W's starts with.
-    table = FeatureMemory(memory.num_classes, memory.num_classes, update="mean").double()
+    known = memory.initialized.view(memory.num_classes, memory.slots).any(dim=1)
+    table = ClassMeans(memory.num_classes, memory.num_classes, torch.float64, "cpu")
     for batch in batches:
         images = model.preprocess(batch)
-        features = model.backbone(images.tensor)
-        coarse = head.h1(head.project(features[head.in_feature]))
-        weights = head.read_weights(coarse.float()) * known
-        if memory.renormalize:
-            total = weights.sum(dim=1, keepdim=True)
-            weights = weights / total.clamp_min(torch.finfo(weights.dtype).tiny)
+        coarse = head.describe(model.backbone(images.tensor)).coarse
+        weights = memory.weights(head.attention.weights(coarse.float()), known)
         # The features cover the padded images.
-        targets = ImageList.from_tensors(
-            [x["sem_seg"] for x in batch], model.backbone.size_divisibility, head.ignore_value
-        ).tensor
-        table.observe(weights.cpu(), targets, head.ignore_value)
-    table.commit(1.0)
-    return table.rows.masked_fill(~table.initialized[:, None], torch.nan).float()
+        targets = model.pad_targets([x["sem_seg"] for x in batch])
+        table.add(weights.cpu(), targets.cpu(), head.ignore_value)
+    return table.means().float()

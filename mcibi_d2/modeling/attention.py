@@ -1,10 +1,50 @@
-"""The attention blocks that refine gathered context by the pixels (paper, Eq. 13-14)."""
+"""Attention between positions, and the block that refines a map by the pixels (Eq. 13-14)."""
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .blocks import NormFactory, conv_norm_relu
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Attention between positions that are given channels first, without storing its matrix.
+
+    The result at position i is ``sum_j softmax_j(scale * query_i . key_j) value_j``.
+
+    Args:
+        query: (N, D, P).
+        key: (N, D, Q).
+        value: (N, V, Q).
+        scale: of the products; 1 / sqrt(D) if None.
+        mask: (1 or N, 1, 1 or P, Q), added to the scaled products.
+
+    Returns:
+        (N, V, P).
+    """
+    heads, depth = 1, query.shape[1]
+    if value.shape[1] > depth and value.shape[1] % depth == 0:
+        # torch's kernels that never store the P x Q matrix want values as deep as the keys. So
+        # deep values are cut into heads, which all have the same queries and keys.
+        heads = value.shape[1] // depth
+    # They also want the channels last in memory, whatever the layout of the maps.
+    query, key, value = (x.transpose(1, 2).contiguous() for x in (query, key, value))
+    query, key = (x[:, None].expand(-1, heads, -1, -1) for x in (query, key))
+    value = value.unflatten(2, (heads, -1)).transpose(1, 2)
+    attended = F.scaled_dot_product_attention(query, key, value, mask, scale=scale)
+    return attended.transpose(2, 3).flatten(1, 2)
+
+
+def key_layers(channels: int, depth: int, norm: NormFactory) -> nn.Sequential:
+    """Makes queries or keys of ``depth`` channels from a map: two 1x1 conv-BN-ReLU."""
+    return nn.Sequential(
+        conv_norm_relu(channels, depth, 1, norm), conv_norm_relu(depth, depth, 1, norm)
+    )
 
 
 class Attention(nn.Module):
@@ -15,8 +55,8 @@ class Attention(nn.Module):
         P = softmax(g_q(R) g_k(C')^T / sqrt(attention_dim))      (hw x hw)
         C = g_o(P g_v(C'))
 
-    g_q and g_k are two 1x1 conv-BN-ReLU, g_v and g_o one. P is never stored:
-    ``scaled_dot_product_attention`` works through it block by block.
+    g_q and g_k are two 1x1 conv-BN-ReLU, g_v and g_o one. P is never stored, see
+    :func:`attend`.
 
     Args:
         channels: channels of the query map, of the context map and of the result (512).
@@ -28,125 +68,17 @@ class Attention(nn.Module):
         self, channels: int = 512, attention_dim: int = 256, norm: NormFactory = nn.BatchNorm2d
     ):
         super().__init__()
-        self.query = nn.Sequential(
-            conv_norm_relu(channels, attention_dim, 1, norm),
-            conv_norm_relu(attention_dim, attention_dim, 1, norm),
-        )
-        self.key = nn.Sequential(
-            conv_norm_relu(channels, attention_dim, 1, norm),
-            conv_norm_relu(attention_dim, attention_dim, 1, norm),
-        )
+        self.query = key_layers(channels, attention_dim, norm)
+        self.key = key_layers(channels, attention_dim, norm)
         self.value = conv_norm_relu(channels, attention_dim, 1, norm)
         self.out = conv_norm_relu(attention_dim, channels, 1, norm)
 
     def forward(self, pixels: Tensor, context: Tensor) -> Tensor:
         """Refine ``context`` (N, C, h, w) by ``pixels`` (N, C, h, w); returns (N, C, h, w)."""
-        query, key, value = (
-            # One head: (N, 1, hw, attention_dim). The scale is 1 / sqrt(attention_dim). torch's
-            # kernels that do not store P want the channels last in memory.
-            projected.flatten(2).transpose(1, 2)[:, None].contiguous()
-            for projected in (self.query(pixels), self.key(context), self.value(context))
+        # Without names, query, key and value are gone before the last layers make more.
+        refined = attend(
+            self.query(pixels).flatten(2),
+            self.key(context).flatten(2),
+            self.value(context).flatten(2),
         )
-        refined = F.scaled_dot_product_attention(query, key, value)[:, 0].transpose(1, 2)
-        del query, key, value  # not needed beside what the last layers make
-        return self.out(refined.reshape(pixels.shape[0], -1, *pixels.shape[-2:]))
-
-
-class SlotAttention(nn.Module):
-    """One :class:`Attention` per memory slot, joined by a 1x1 conv-BN-ReLU.
-
-    For a memory with several rows per class, as in the code that the paper's authors released.
-
-    Args:
-        slots: S, at least 2.
-        channels: see :class:`Attention`.
-        attention_dim: see :class:`Attention`.
-        norm: see :class:`Attention`.
-    """
-
-    def __init__(
-        self,
-        slots: int,
-        channels: int = 512,
-        attention_dim: int = 256,
-        norm: NormFactory = nn.BatchNorm2d,
-    ):
-        super().__init__()
-        self.of_slot = nn.ModuleList(Attention(channels, attention_dim, norm) for _ in range(slots))
-        self.join = conv_norm_relu(slots * channels, channels, 1, norm)
-
-    def forward(self, pixels: Tensor, context: Tensor) -> Tensor:
-        """Refine ``context`` (N, S * C, h, w) by ``pixels`` (N, C, h, w); returns (N, C, h, w)."""
-        contexts = context.chunk(len(self.of_slot), dim=1)
-        refined = [of(pixels, c) for of, c in zip(self.of_slot, contexts, strict=True)]
-        return self.join(torch.cat(refined, dim=1))
-
-
-class RowAttention(nn.Module):
-    """Attention from every pixel to the memory's rows themselves, instead of to every position.
-
-    In place of Eq. 12-14: with query R and the memory M ::
-
-        P = softmax(g_q(R) g_k(M)^T / sqrt(attention_dim) + log W)      (hw x K)
-        C = g_o(P g_v(M))
-
-    where W is H1's class distribution (Eq. 11), left out with ``biased=False``. There are K keys
-    in place of hw, so it costs hw K instead of (hw)^2. g_q and g_o are those of
-    :class:`Attention`; g_k and g_v are linear maps of the rows brought to zero mean and unit
-    variance, because a batch norm over K rows would depend on which of them are initialised.
-
-    Args:
-        channels: channels of the pixels, of the rows and of the result (512).
-        attention_dim: channels of query, key and value.
-        norm: makes the norm layer for a number of channels.
-        biased: whether W is used.
-    """
-
-    def __init__(
-        self,
-        channels: int = 512,
-        attention_dim: int = 256,
-        norm: NormFactory = nn.BatchNorm2d,
-        biased: bool = True,
-    ):
-        super().__init__()
-        self.biased = biased
-        self.query = nn.Sequential(
-            conv_norm_relu(channels, attention_dim, 1, norm),
-            conv_norm_relu(attention_dim, attention_dim, 1, norm),
-        )
-        self.normalize = nn.LayerNorm(channels)
-        self.key = nn.Linear(channels, attention_dim)
-        self.value = nn.Linear(channels, attention_dim)
-        self.out = conv_norm_relu(attention_dim, channels, 1, norm)
-
-    def forward(
-        self, pixels: Tensor, rows: Tensor, initialized: Tensor, log_probabilities: Tensor
-    ) -> Tensor:
-        """Gather what the rows hold for each pixel.
-
-        Args:
-            pixels: R', (N, C, h, w).
-            rows: M, (K * S, C).
-            initialized: (K * S,) bool; other rows take no part. With none at all, what is
-                gathered is zero.
-            log_probabilities: log W for the class of each row, (N, K * S, h, w).
-
-        Returns:
-            (N, C, h, w).
-        """
-        rows = self.normalize(rows)
-        query = self.query(pixels).flatten(2).transpose(1, 2)[:, None].contiguous()
-        batch = pixels.shape[0]
-        key, value = (f(rows).expand(batch, 1, -1, -1) for f in (self.key, self.value))
-        any_row = initialized.any()
-        bias = torch.zeros_like(initialized, dtype=query.dtype)
-        bias = bias.masked_fill(~initialized & any_row, -torch.inf)[None, None, None]
-        if self.biased:
-            bias = bias + log_probabilities.flatten(2).transpose(1, 2)[:, None].to(query.dtype)
-        gathered = F.scaled_dot_product_attention(
-            query, key.to(query.dtype), value.to(query.dtype), attn_mask=bias
-        )
-        gathered = gathered * any_row
-        gathered = gathered[:, 0].transpose(1, 2).reshape(batch, -1, *pixels.shape[-2:])
-        return self.out(gathered)
+        return self.out(refined.unflatten(2, pixels.shape[-2:]))

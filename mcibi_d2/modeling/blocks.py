@@ -73,33 +73,6 @@ def _sees_one_value(layer: nn.Module, maps: Tensor) -> bool:
     return True
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, scale: float | None = None) -> Tensor:
-    """Attention between positions that are given channels first, without storing its matrix.
-
-    The result at position i is ``sum_j softmax_j(scale * query_i . key_j) value_j``.
-
-    Args:
-        query: (N, D, P).
-        key: (N, D, Q).
-        value: (N, V, Q).
-        scale: of the products; 1 / sqrt(D) if None.
-
-    Returns:
-        (N, V, P).
-    """
-    heads, depth = 1, query.shape[1]
-    if value.shape[1] > depth and value.shape[1] % depth == 0:
-        # torch's kernels that never store the P x Q matrix want values as deep as the keys. So
-        # deep values are cut into heads, which all have the same queries and keys.
-        heads = value.shape[1] // depth
-    # They also want the channels last in memory, whatever the layout of the maps.
-    query, key, value = (x.transpose(1, 2).contiguous() for x in (query, key, value))
-    query, key = (x[:, None].expand(-1, heads, -1, -1) for x in (query, key))
-    value = value.unflatten(2, (heads, -1)).transpose(1, 2)
-    attended = F.scaled_dot_product_attention(query, key, value, scale=scale)
-    return attended.transpose(2, 3).flatten(1, 2)
-
-
 def make_leaky(module: nn.Module) -> None:
     """Put a LeakyReLU of slope 0.01 in the place of every ReLU in ``module``."""
     for parent in list(module.modules()):

@@ -7,16 +7,57 @@ in the same turn. Nothing of size K x H x W is ever made.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from .bilinear import places
+from .labels import classes_of
 
 # The bytes of a tile and its largest width in pixels. On a CPU a tile stays in the cache; others
 # want enough work for each of their kernels.
 HOST_TILE = (5 * 2**19, 128)
 DEVICE_TILE = (2**25, 2048)
+# Of a head's predictions: see PixelLoss.
+LOSSES = ("cross_entropy", "ohem")
+
+
+class PixelLoss(nn.Module):
+    """The loss of the predictions of pixels, with what is the same for all predictions of a head.
+
+    Args:
+        kind: ``cross_entropy``, over all valid pixels (:func:`resized_cross_entropy`), or ``ohem``,
+            over the hard ones of each prediction alone (:func:`hard_pixels_cross_entropy`).
+        class_weights: K weights of the classes; empty for equal ones.
+        ignore_value: label of pixels without ground truth.
+        threshold: of ``ohem``, the probability below which a pixel is hard.
+        min_kept: of ``ohem``, the least number of pixels in a batch of one process.
+    """
+
+    def __init__(
+        self,
+        kind: str = "cross_entropy",
+        class_weights: Sequence[float] = (),
+        ignore_value: int = 255,
+        threshold: float = 0.7,
+        min_kept: int = 100_000,
+    ):
+        super().__init__()
+        self.kind = kind
+        self.ignore_value = ignore_value
+        self.threshold = threshold
+        self.min_kept = min_kept
+        weights = torch.tensor(class_weights, dtype=torch.float32) if class_weights else None
+        self.register_buffer("class_weights", weights, persistent=False)
+
+    def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Of logits (N, K, h, w) at the size of targets (N, H, W); an average (Eq. 16, 18)."""
+        arguments = (logits, targets, self.class_weights, self.ignore_value)
+        if self.kind == "ohem":
+            return hard_pixels_cross_entropy(*arguments, self.threshold, self.min_kept)
+        return resized_cross_entropy(*arguments)
 
 
 def resized_cross_entropy(
@@ -117,9 +158,8 @@ def _classes(logits: Tensor, labels: Tensor, ignore_value: int) -> tuple[Tensor,
             f"labels are {labels.dtype} of shape {tuple(labels.shape)}, "
             f"expected integers ({len(logits)}, H, W)"
         )
-    labels = labels.long()
-    valid = (labels >= 0) & (labels < logits.shape[1]) & (labels != ignore_value)
-    return labels.masked_fill(~valid, 0), valid
+    index, valid = classes_of(labels, logits.shape[1], ignore_value)
+    return index.masked_fill_(~valid, 0), valid
 
 
 def _computed_in(logits: Tensor) -> torch.dtype:
@@ -304,9 +344,9 @@ def _pieces(
     size: int, grid: int, length: int, dtype: torch.dtype, device: torch.device
 ) -> Iterator[_Piece]:
     """``size`` pixels between ``grid`` points, as ``F.interpolate`` lays them, in pieces."""
-    lower, share = _places(size, grid, dtype, device)
+    lower, share = places(size, grid, grid / size, dtype, device)
     # The same again where the host can read it.
-    firsts = _places(size, grid, dtype, "cpu")[0].tolist()
+    firsts = places(size, grid, grid / size, dtype)[0].tolist()
     for start in range(0, size, length):
         pixels = slice(start, min(start + length, size))
         first = firsts[start]
@@ -318,14 +358,3 @@ def _pieces(
         spread.scatter_add_(0, before[None], 1 - part[None])
         spread.scatter_add_(0, after[None], part[None])
         yield _Piece(pixels, slice(first, stop), before, after, part, spread)
-
-
-def _places(
-    size: int, grid: int, dtype: torch.dtype, device: torch.device | str
-) -> tuple[Tensor, Tensor]:
-    """Of each pixel the point before it (size,) int64, and the share of the one behind it."""
-    scale = torch.tensor(grid, dtype=dtype) / size
-    place = torch.arange(size, dtype=dtype, device=device)
-    place = ((place + 0.5) * scale.item() - 0.5).clamp_(0, grid - 1)
-    lower = place.long()
-    return lower, place - lower

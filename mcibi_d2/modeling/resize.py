@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .bilinear import places
+
 # Rows are made and compared a few at a time, as many as stay in the cache of a CPU core.
 CACHED_BYTES = 4 * 2**20
 
@@ -166,7 +168,5 @@ def positions(grid: int, padded: int, valid: int, out: int) -> tuple[Tensor, Ten
     Returns:
         Indices of the two neighbours and the weight of the second, (out,) each, on the CPU.
     """
-    scale = torch.tensor(grid / padded * valid / out, dtype=torch.float32)
-    place = ((torch.arange(out) + 0.5) * scale - 0.5).clamp_(0, grid - 1)
-    lower = place.long()
-    return lower, (lower + 1).clamp_(max=grid - 1), place - lower
+    lower, share = places(out, grid, grid / padded * valid / out, torch.float32)
+    return lower, (lower + 1).clamp_(max=grid - 1), share

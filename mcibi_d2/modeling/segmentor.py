@@ -125,6 +125,19 @@ class MCIBISegmentor(nn.Module):
         batch.tensor = batch.tensor.contiguous(memory_format=torch.channels_last)
         return batch
 
+    def pad_targets(self, targets: list[Tensor]) -> Tensor:
+        """Labels (H_i, W_i) of images, (N, H, W) at the size that :meth:`preprocess` pads these to.
+
+        What is added is to be ignored. They are on the model's device.
+        """
+        targets = [x.to(self.device, non_blocking=True) for x in targets]
+        unit = self.backbone.size_divisibility
+        return ImageList.from_tensors(targets, unit, self.sem_seg_head.ignore_value).tensor
+
+    def logits(self, images: Tensor) -> Tensor:
+        """The logits at the head's stride, (N, K, h, w), of images that are preprocessed."""
+        return self.sem_seg_head(self.backbone(images))[0]
+
     def forward(self, batched_inputs: list[dict]) -> dict[str, Tensor] | list[dict]:
         """Run on a batch.
 
@@ -146,10 +159,7 @@ class MCIBISegmentor(nn.Module):
         if self.training:
             images = self.preprocess(batched_inputs)
             features = self.backbone(images.tensor)
-            targets = [x["sem_seg"].to(self.device, non_blocking=True) for x in batched_inputs]
-            targets = ImageList.from_tensors(
-                targets, self.backbone.size_divisibility, self.sem_seg_head.ignore_value
-            ).tensor
+            targets = self.pad_targets([x["sem_seg"] for x in batched_inputs])
             _, losses = self.sem_seg_head(features, targets)
             return losses
 
@@ -203,8 +213,7 @@ class MCIBISegmentor(nn.Module):
 
     def _logits(self, batched_inputs: list[dict]) -> tuple[Tensor, ImageList]:
         images = self.preprocess(batched_inputs)
-        logits, _ = self.sem_seg_head(self.backbone(images.tensor))
-        return logits, images
+        return self.logits(images.tensor), images
 
     def _slide(self, x: dict) -> ScoreMap:
         """The scores of one image from its windows; each is padded as an image of its own."""

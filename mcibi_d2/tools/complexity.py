@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from mcibi_d2 import InputError
 from mcibi_d2.engine import Trainer, load_config
 from mcibi_d2.engine.setup import without_download
-from mcibi_d2.modeling import Attention
+from mcibi_d2.modeling import Attention, MCIBISegmentor
 from mcibi_d2.modeling.blocks import conv_norm_relu
 from mcibi_d2.modeling.context import CONTEXTS
 from mcibi_d2.modeling.fusion import ConcatFusion
@@ -96,6 +96,17 @@ class _WithinImage(nn.Module):
 
     def forward(self, features: Tensor, lower: Tensor) -> Tensor:
         return self.module(features, lower=lower)[0]
+
+
+class _Network(nn.Module):
+    """A segmentor without reading and resizing images."""
+
+    def __init__(self, model: MCIBISegmentor):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.model.logits(images)
 
 
 def _elements(value) -> int:
@@ -210,18 +221,8 @@ def measure_model(
     inputs = [{"image": torch.zeros(3, *size, dtype=torch.uint8)}]
     normalised = model.preprocess(inputs).tensor
 
-    class Network(nn.Module):
-        """The network without reading and resizing images."""
-
-        def __init__(self):
-            super().__init__()
-            self.backbone, self.head = model.backbone, model.sem_seg_head
-
-        def forward(self, images: Tensor) -> Tensor:
-            return self.head(self.backbone(images))[0]
-
     with torch.no_grad():
-        flops, with_attention = count_flops(Network().eval(), (normalised,))
+        flops, with_attention = count_flops(_Network(model).eval(), (normalised,))
     return {
         "module": config_file,
         "parameters": _parameters(model),

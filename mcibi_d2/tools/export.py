@@ -78,7 +78,7 @@ class ImagesToLogits(nn.Module):
         if unit > 1:
             images = F.pad(images, (0, -width % unit, 0, -height % unit))
         images = images.contiguous(memory_format=torch.channels_last)
-        logits, _ = model.sem_seg_head(model.backbone(images))
+        logits = model.logits(images)
         covered = (height, width) if model.released else images.shape[-2:]
         logits = F.interpolate(logits.float(), covered, mode="bilinear", align_corners=False)
         if unit > 1:

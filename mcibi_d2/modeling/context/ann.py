@@ -4,7 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..blocks import NormFactory, attend, conv_norm_relu
+from ..attention import attend
+from ..blocks import NormFactory, conv_norm_relu
 from .base import ContextModule
 
 POOLS = (1, 3, 6, 8)

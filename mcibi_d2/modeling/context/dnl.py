@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from ..blocks import NormFactory, attend, conv_norm_relu
+from ..attention import attend
+from ..blocks import NormFactory, conv_norm_relu
 from .base import ContextModule
 
 TEMPERATURE = 0.05

@@ -22,7 +22,7 @@ from mcibi_d2 import InputError
 from mcibi_d2.engine import Trainer, load_config
 from mcibi_d2.engine.setup import without_download
 from mcibi_d2.modeling import Attention, FeatureMemory
-from mcibi_d2.modeling.attention import RowAttention
+from mcibi_d2.modeling.memory import READERS
 
 from .measure import extra_peak, median_seconds, shown, wait
 
@@ -256,17 +256,16 @@ def compare_aggregations(device: str, repeats: int, side: int = 128, classes: in
     torch.manual_seed(0)
     memory = FeatureMemory(classes, 512).to(device)
     memory.initialize(torch.rand_like(memory.rows), torch.ones_like(memory.initialized))
-    by_pixels, by_rows = Attention().to(device), RowAttention().to(device)
+    by_pixels, by_rows = READERS["pixels"]().to(device), READERS["rows"]().to(device)
     pixels = torch.randn(1, 512, side, side, device=device)
     pixels = pixels.contiguous(memory_format=torch.channels_last).requires_grad_()
     coarse = torch.randn(1, classes, side, side, device=device, requires_grad=True)
 
     def read_pixels() -> None:
-        by_pixels(pixels, memory.read(coarse.softmax(dim=1))).sum().backward()
+        by_pixels.read(pixels, coarse, memory).sum().backward()
 
     def read_rows() -> None:
-        weights = coarse.log_softmax(dim=1)
-        by_rows(pixels, memory.rows, memory.initialized, weights).sum().backward()
+        by_rows.read(pixels, coarse, memory).sum().backward()
 
     seconds = median_seconds({"pixels": read_pixels, "rows": read_rows}, device, repeats)
     return {
