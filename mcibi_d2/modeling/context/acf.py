@@ -20,13 +20,9 @@ class ClassCenterContext(ContextModule):
 
     The formulas are the paper's. The public code differs: it multiplies logits and features and
     normalises by a softmax over channels. As in both, the gradient goes through P into the coarse
-    logits. The rate of Dropout2d is that of the public code. Takes, and ignores, the options of
-    others.
+    logits. The rate of Dropout2d is that of the public code.
 
     Args:
-        in_channels: see :class:`ContextModule`.
-        channels: see :class:`ContextModule`.
-        norm: see :class:`ContextModule`.
         dropout: probability of Dropout2d on x.
     """
 
@@ -54,7 +50,7 @@ class ClassCenterContext(ContextModule):
         coarse: Tensor | None = None,
         targets: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """See :meth:`ContextModule.forward`; needs ``coarse``."""
+        """R (N, in_channels, h, w) and ``coarse`` (N, K, h', w') to C_wi (N, channels, h, w)."""
         if coarse is None:
             raise ValueError("ClassCenterContext found no coarse logits, expected (N, K, h, w)")
         pixels = self.dropout(self.reduce(features))

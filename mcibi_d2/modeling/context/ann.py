@@ -69,11 +69,7 @@ class AsymmetricNonLocal(ContextModule):
     code has between the two lines is left out, as in the other modules.
 
     Args:
-        in_channels: see :class:`ContextModule`.
-        channels: see :class:`ContextModule`.
-        norm: see :class:`ContextModule`.
         lower_channels: of L, at least 1.
-        **others: see :class:`ContextModule`; not used.
 
     Raises:
         ValueError: without ``lower_channels``.

@@ -1,11 +1,12 @@
 """Adaptive pyramid context (APCNet: He, Deng, Zhou, Wang and Qiao, CVPR 2019)."""
 
-import torch
+from collections.abc import Iterator
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..blocks import NormFactory, apply_to_pooled, conv_norm_relu
-from .base import ContextModule
+from .base import ContextBeside
 
 SCALES = (1, 2, 3, 6)
 
@@ -52,7 +53,7 @@ class AdaptiveContext(nn.Module):
         return self.out(residual + local)
 
 
-class AdaptivePyramid(ContextModule):
+class AdaptivePyramid(ContextBeside):
     """APCNet's adaptive context modules of four scales, beside R.
 
     With acm_s an :class:`AdaptiveContext`::
@@ -60,12 +61,6 @@ class AdaptivePyramid(ContextModule):
         C_wi = cbr3x3([R, acm_1(R), acm_2(R), acm_3(R), acm_6(R)])
 
     cbr is conv-BN-ReLU.
-
-    Args:
-        in_channels: see :class:`ContextModule`.
-        channels: see :class:`ContextModule`.
-        norm: see :class:`ContextModule`.
-        **others: see :class:`ContextModule`; not used.
     """
 
     def __init__(
@@ -77,13 +72,5 @@ class AdaptivePyramid(ContextModule):
         )
         self.fuse = conv_norm_relu(in_channels + len(SCALES) * channels, channels, 3, norm)
 
-    def forward(
-        self,
-        features: Tensor,
-        lower: Tensor | None = None,
-        coarse: Tensor | None = None,
-        targets: Tensor | None = None,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """R (N, in_channels, h, w) to C_wi (N, channels, h, w), and no losses."""
-        maps = [features, *(module(features) for module in self.contexts)]
-        return self.fuse(torch.cat(maps, dim=1)), {}
+    def _maps(self, features: Tensor) -> Iterator[Tensor]:
+        return (module(features) for module in self.contexts)

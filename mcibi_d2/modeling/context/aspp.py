@@ -25,12 +25,8 @@ class AtrousPyramid(ContextModule):
     (DeepLabV3 joins by a 1x1 convolution; MCIBI's Table 3 counts a 3x3 one.)
 
     Args:
-        in_channels: see :class:`ContextModule`.
-        channels: see :class:`ContextModule`.
-        norm: see :class:`ContextModule`.
         output_stride: the dilations are those of stride 16 from 16 on, else those of stride 8.
         dilations: d_1, d_2, d_3 where they shall be others.
-        **others: see :class:`ContextModule`; not used.
     """
 
     def __init__(
@@ -55,15 +51,8 @@ class AtrousPyramid(ContextModule):
         self.image = conv_norm_relu(in_channels, channels, 1, norm)
         self.fuse = conv_norm_relu((len(self.branches) + 1) * channels, channels, 3, norm)
 
-    def forward(
-        self,
-        features: Tensor,
-        lower: Tensor | None = None,
-        coarse: Tensor | None = None,
-        targets: Tensor | None = None,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """R (N, in_channels, h, w) to C_wi (N, channels, h, w), and no losses."""
+    def _gather(self, features: Tensor) -> Tensor:
         maps = [branch(features) for branch in self.branches]
         image = apply_to_pooled(self.image, F.adaptive_avg_pool2d(features, 1))
         maps.append(image.expand(-1, -1, *features.shape[-2:]))
-        return self.fuse(torch.cat(maps, dim=1)), {}
+        return self.fuse(torch.cat(maps, dim=1))

@@ -1,7 +1,8 @@
 """What all within-image context modules A_wi have in common (paper, Eq. 3)."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
+import torch
 from torch import Tensor, nn
 
 
@@ -53,4 +54,21 @@ class ContextModule(nn.Module):
         Returns:
             C_wi (N, channels, h, w), and the module's own losses by name, {} for most modules.
         """
+        return self._gather(features), {}
+
+    def _gather(self, features: Tensor) -> Tensor:
+        """C_wi of a module that works from R alone, and has no losses."""
+        raise NotImplementedError
+
+
+class ContextBeside(ContextModule):
+    """Maps of context beside R itself, joined by ``fuse``: ``C_wi = cbr3x3([R, Y_1, Y_2, ..])``."""
+
+    fuse: nn.Module
+
+    def _gather(self, features: Tensor) -> Tensor:
+        return self.fuse(torch.cat([features, *self._maps(features)], dim=1))
+
+    def _maps(self, features: Tensor) -> Iterable[Tensor]:
+        """Y_1, Y_2, .., each of the size of R."""
         raise NotImplementedError

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from ..blocks import NormFactory, conv_norm_relu
-from .base import ContextModule
+from .base import ContextBeside
 
 # The second time, every position hears of every other one.
 RECURRENCE = 2
@@ -51,7 +51,7 @@ class CrissCrossAttention(nn.Module):
         return self.gamma * gathered + maps
 
 
-class CrissCross(ContextModule):
+class CrissCross(ContextBeside):
     """CCNet's recurrent criss-cross attention module.
 
     With cc the one :class:`CrissCrossAttention`, used twice with the same weights::
@@ -59,12 +59,6 @@ class CrissCross(ContextModule):
         C_wi = cbr3x3([R, cbr3x3(cc(cc(cbr3x3(R))))])
 
     cbr is conv-BN-ReLU.
-
-    Args:
-        in_channels: see :class:`ContextModule`.
-        channels: see :class:`ContextModule`.
-        norm: see :class:`ContextModule`.
-        **others: see :class:`ContextModule`; not used.
     """
 
     def __init__(
@@ -76,15 +70,8 @@ class CrissCross(ContextModule):
         self.after = conv_norm_relu(channels, channels, 3, norm)
         self.fuse = conv_norm_relu(in_channels + channels, channels, 3, norm)
 
-    def forward(
-        self,
-        features: Tensor,
-        lower: Tensor | None = None,
-        coarse: Tensor | None = None,
-        targets: Tensor | None = None,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """R (N, in_channels, h, w) to C_wi (N, channels, h, w), and no losses."""
+    def _maps(self, features: Tensor) -> list[Tensor]:
         maps = self.before(features)
         for _ in range(RECURRENCE):
             maps = self.attention(maps)
-        return self.fuse(torch.cat([features, self.after(maps)], dim=1)), {}
+        return [self.after(maps)]

@@ -86,11 +86,7 @@ class DualAttention(ContextModule):
     serve its losses, are not part of the module.
 
     Args:
-        in_channels: see :class:`ContextModule`.
-        channels: see :class:`ContextModule`.
-        norm: see :class:`ContextModule`.
-        as_printed: see :class:`ChannelAttention`.
-        **others: see :class:`ContextModule`; not used.
+        as_printed: whether the channels attend by Eq. 3 as it stands in the paper.
     """
 
     def __init__(
@@ -114,12 +110,5 @@ class DualAttention(ContextModule):
             conv_norm_relu(channels, channels, 3, norm),
         )
 
-    def forward(
-        self,
-        features: Tensor,
-        lower: Tensor | None = None,
-        coarse: Tensor | None = None,
-        targets: Tensor | None = None,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """R (N, in_channels, h, w) to C_wi (N, channels, h, w), and no losses."""
-        return self.position(features) + self.channel(features), {}
+    def _gather(self, features: Tensor) -> Tensor:
+        return self.position(features) + self.channel(features)

@@ -59,12 +59,9 @@ class DynamicFilterContext(ContextModule):
 
     ``C = conv3x3-BN-ReLU([R, y_1, y_3, y_5, y_7])``, y_k from :class:`DynamicConvolution`. As in
     the authors' code, no further 1x1 convolution follows each y_k: the last one mixes the channels
-    anyway. Takes the options of others, too.
+    anyway.
 
     Args:
-        in_channels: see :class:`ContextModule`.
-        channels: see :class:`ContextModule`.
-        norm: see :class:`ContextModule`.
         sizes: of the filters, odd.
     """
 
@@ -85,13 +82,6 @@ class DynamicFilterContext(ContextModule):
         )
         self.join = conv_norm_relu(in_channels + len(sizes) * channels, channels, 3, norm)
 
-    def forward(
-        self,
-        features: Tensor,
-        lower: Tensor | None = None,
-        coarse: Tensor | None = None,
-        targets: Tensor | None = None,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """See :meth:`ContextModule.forward`."""
+    def _gather(self, features: Tensor) -> Tensor:
         parts = [features, *(branch(features) for branch in self.branches)]
-        return self.join(torch.cat(parts, dim=1)), {}
+        return self.join(torch.cat(parts, dim=1))

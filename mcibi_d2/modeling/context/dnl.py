@@ -1,11 +1,10 @@
 """Disentangled non-local block (DNL: Yin, Yao, Cao, Li, Zhang, Lin and Hu, ECCV 2020)."""
 
-import torch
 from torch import Tensor, nn
 
 from ..attention import attend
 from ..blocks import NormFactory, conv_norm_relu
-from .base import ContextModule
+from .base import ContextBeside
 
 TEMPERATURE = 0.05
 
@@ -53,7 +52,7 @@ class DisentangledBlock(nn.Module):
         return maps + self.out((pairwise + unary).unflatten(2, maps.shape[-2:]))
 
 
-class DisentangledNonLocal(ContextModule):
+class DisentangledNonLocal(ContextBeside):
     """DNL's block in its network for segmentation.
 
     With dnl a :class:`DisentangledBlock`::
@@ -61,12 +60,6 @@ class DisentangledNonLocal(ContextModule):
         C_wi = cbr3x3([R, cbr3x3(dnl(cbr3x3(R)))])
 
     cbr is conv-BN-ReLU.
-
-    Args:
-        in_channels: see :class:`ContextModule`.
-        channels: see :class:`ContextModule`.
-        norm: see :class:`ContextModule`.
-        **others: see :class:`ContextModule`; not used.
     """
 
     def __init__(
@@ -78,13 +71,5 @@ class DisentangledNonLocal(ContextModule):
         self.after = conv_norm_relu(channels, channels, 3, norm)
         self.fuse = conv_norm_relu(in_channels + channels, channels, 3, norm)
 
-    def forward(
-        self,
-        features: Tensor,
-        lower: Tensor | None = None,
-        coarse: Tensor | None = None,
-        targets: Tensor | None = None,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """R (N, in_channels, h, w) to C_wi (N, channels, h, w), and no losses."""
-        maps = self.after(self.block(self.before(features)))
-        return self.fuse(torch.cat([features, maps], dim=1)), {}
+    def _maps(self, features: Tensor) -> list[Tensor]:
+        return [self.after(self.block(self.before(features)))]

@@ -27,7 +27,6 @@ class EMContext(ContextModule):
     convolution, which it leaves as it was drawn, maps non-negative p to numbers of both signs;
     here it is two buffers, ``projection`` and ``projection_bias``, so that every parameter has a
     gradient. They and the first bases are drawn from a seed of their own, alike on all processes.
-    Takes the options of others, too.
 
     **The running bases**, a buffer (channels, bases), move in training by
     ``mu <- momentum mu + (1 - momentum) mean of the fitted mu``, the mean over the images of all
@@ -37,9 +36,6 @@ class EMContext(ContextModule):
     is not counted. Every process has to take part in each forward pass in training.
 
     Args:
-        in_channels: see :class:`ContextModule`.
-        channels: see :class:`ContextModule`.
-        norm: see :class:`ContextModule`.
         bases: their number.
         iterations: T, at least 1.
         momentum: weight of the running bases when they move.
@@ -80,14 +76,7 @@ class EMContext(ContextModule):
         self.register_state_dict_pre_hook(_move_bases)
         self.register_load_state_dict_post_hook(_forget)
 
-    def forward(
-        self,
-        features: Tensor,
-        lower: Tensor | None = None,
-        coarse: Tensor | None = None,
-        targets: Tensor | None = None,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """See :meth:`ContextModule.forward`."""
+    def _gather(self, features: Tensor) -> Tensor:
         # A forward pass inside of a backward pass is torch.utils.checkpoint's second one.
         repeated = torch._C._current_graph_task_id() != -1
         if not repeated:
@@ -105,7 +94,7 @@ class EMContext(ContextModule):
         context = self.out(F.relu(pixels + rebuilt))
         if self.training and context.requires_grad:
             context.register_hook(self._note_gradient)
-        return context, {}
+        return context
 
     def _fit(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Pixels (N, C, hw) to the rebuilt ones and each image's bases (N, C, k)."""

@@ -57,12 +57,9 @@ class ContextEncoding(ContextModule):
     The paper sums over the codewords where the authors' code, and this, takes the mean. The loss
     is an average over classes and over the images that have a valid pixel: targets outside
     0 .. num_classes - 1 are ignored, and nothing is known of an image with no others. A batch of
-    such images has a loss of 0 with gradients of 0. Takes the options of others, too.
+    such images has a loss of 0 with gradients of 0.
 
     Args:
-        in_channels: see :class:`ContextModule`.
-        channels: see :class:`ContextModule`.
-        norm: see :class:`ContextModule`.
         num_classes: K, at least 1.
         codewords: their number.
         loss_weight: of ``loss_se``.
@@ -98,7 +95,7 @@ class ContextEncoding(ContextModule):
         coarse: Tensor | None = None,
         targets: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """See :meth:`ContextModule.forward`; in training with ``targets`` it has ``loss_se``."""
+        """R (N, in_channels, h, w) to C_wi (N, channels, h, w), and ``loss_se`` in training."""
         pixels = self.pixels(features)
         # As (N, codewords, C, 1) any norm for maps will do, and has C values of a single image.
         encoded = self.norm(self.encode(self.project(pixels))[..., None])

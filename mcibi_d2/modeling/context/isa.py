@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..attention import key_layers
 from ..blocks import NormFactory, conv_norm_relu
 from .base import ContextModule
 
@@ -35,14 +36,8 @@ class GroupedAttention(nn.Module):
         super().__init__()
         self.division = division
         self.far = far
-        self.query = nn.Sequential(
-            conv_norm_relu(channels, key_channels, 1, norm),
-            conv_norm_relu(key_channels, key_channels, 1, norm),
-        )
-        self.key = nn.Sequential(
-            conv_norm_relu(channels, key_channels, 1, norm),
-            conv_norm_relu(key_channels, key_channels, 1, norm),
-        )
+        self.query = key_layers(channels, key_channels, norm)
+        self.key = key_layers(channels, key_channels, norm)
         self.value = nn.Conv2d(channels, channels, 1, bias=False)
         self.out = conv_norm_relu(channels, channels, 1, norm)
 
@@ -110,12 +105,9 @@ class InterlacedContext(ContextModule):
 
     far and near are :class:`GroupedAttention`. With blocks of 8 x 8 pixels the attention matrices
     have hw (hw / 64 + 64) entries in place of (hw)^2. The rate 0.05 of Dropout2d is that of the
-    authors' code. Takes the options of others, too.
+    authors' code.
 
     Args:
-        in_channels: see :class:`ContextModule`.
-        channels: see :class:`ContextModule`.
-        norm: see :class:`ContextModule`.
         key_channels: channels of query and key.
         division: side of a block, in pixels.
         dropout: probability of Dropout2d on the result.
@@ -139,14 +131,7 @@ class InterlacedContext(ContextModule):
         self.join = conv_norm_relu(2 * channels, channels, 1, norm)
         self.dropout = nn.Dropout2d(dropout)
 
-    def forward(
-        self,
-        features: Tensor,
-        lower: Tensor | None = None,
-        coarse: Tensor | None = None,
-        targets: Tensor | None = None,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """See :meth:`ContextModule.forward`."""
+    def _gather(self, features: Tensor) -> Tensor:
         pixels = self.pixels(features)
         context = self.near(self.far(pixels))
-        return self.dropout(self.join(torch.cat([pixels, context], dim=1))), {}
+        return self.dropout(self.join(torch.cat([pixels, context], dim=1)))

@@ -22,7 +22,7 @@ class ObjectContext(ContextModule):
     phi and psi are two 1x1 conv-BN-ReLU to ``key_channels``, delta one, rho one back to
     ``channels``, g one from twice ``channels``. The scale 1 / sqrt(256) and the rate 0.05 of
     Dropout2d are those of the authors' code; the paper names neither. As there, the gradient goes
-    through the regions into the coarse logits. Takes the options of others, too.
+    through the regions into the coarse logits.
 
     OCRNet + MCIBI is in no released code. Here it is wired as MCIBI's paper has every module (Eq.
     3-4): l is the auxiliary head's prediction, as in OCRNet, and H1's W, from R', is for the
@@ -31,9 +31,6 @@ class ObjectContext(ContextModule):
     and fuses the result with what the memory gave. x and R' are two projections of R.
 
     Args:
-        in_channels: see :class:`ContextModule`.
-        channels: see :class:`ContextModule`.
-        norm: see :class:`ContextModule`.
         key_channels: channels of query, key and value.
         dropout: probability of Dropout2d on the result.
     """
@@ -63,7 +60,7 @@ class ObjectContext(ContextModule):
         coarse: Tensor | None = None,
         targets: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """See :meth:`ContextModule.forward`; needs ``coarse``."""
+        """R (N, in_channels, h, w) and ``coarse`` (N, K, h', w') to C_wi (N, channels, h, w)."""
         if coarse is None:
             raise ValueError("ObjectContext found no coarse logits, expected (N, K, h, w)")
         pixels = self.pixels(features)

@@ -114,13 +114,9 @@ class PointwiseContext(ContextModule):
         C = conv3x3-BN-ReLU([R, up(conv1x1-BN-ReLU([z_c, z_d]))])
 
     where the inner convolution gives ``in_channels`` channels. Any size of R will do: the offsets
-    belong to distances on the map, which mean the same on a map of another size. Takes the
-    options of others, too.
+    belong to distances on the map, which mean the same on a map of another size.
 
     Args:
-        in_channels: see :class:`ContextModule`.
-        channels: see :class:`ContextModule`.
-        norm: see :class:`ContextModule`.
         mask_size: of the over-completed maps, odd.
     """
 
@@ -141,16 +137,9 @@ class PointwiseContext(ContextModule):
         self.project = conv_norm_relu(2 * channels, in_channels, 1, norm)
         self.join = conv_norm_relu(2 * in_channels, channels, 3, norm)
 
-    def forward(
-        self,
-        features: Tensor,
-        lower: Tensor | None = None,
-        coarse: Tensor | None = None,
-        targets: Tensor | None = None,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """See :meth:`ContextModule.forward`."""
+    def _gather(self, features: Tensor) -> Tensor:
         context = torch.cat([self.collect(features), self.distribute(features)], dim=1)
         context = F.interpolate(
             self.project(context), size=features.shape[-2:], mode="bilinear", align_corners=True
         )
-        return self.join(torch.cat([features, context], dim=1)), {}
+        return self.join(torch.cat([features, context], dim=1))
