@@ -9,7 +9,8 @@ from detectron2.layers import NaiveSyncBatchNorm
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from mcibi_d2.modeling.blocks import apply_to_pooled, attend, conv_norm_relu
+from mcibi_d2.modeling.attention import attend
+from mcibi_d2.modeling.blocks import apply_to_pooled, conv_norm_relu
 from mcibi_d2.modeling.context.ann import AsymmetricNonLocal
 from mcibi_d2.modeling.context.apc import AdaptivePyramid
 from mcibi_d2.modeling.context.aspp import AtrousPyramid
