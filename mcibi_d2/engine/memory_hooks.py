@@ -10,6 +10,7 @@ from torch import nn
 
 from ..errors import InputError
 from ..modeling import FeatureMemory, MCIBIHead
+from ..modeling.context import EMContext
 from ..modeling.memory import MOVING
 from .train_step import TrainStep, is_due
 
@@ -17,6 +18,11 @@ from .train_step import TrainStep, is_due
 def find_memories(model: nn.Module) -> list[FeatureMemory]:
     """The feature memories of a model, wrapped or not."""
     return [m for m in model.modules() if isinstance(m, FeatureMemory)]
+
+
+def find_bases(model: nn.Module) -> list[EMContext]:
+    """The modules of EMANet, whose bases are committed as a memory is."""
+    return [m for m in model.modules() if isinstance(m, EMContext)]
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -61,6 +67,8 @@ SCHEDULES = ("poly", "constant", "lr")
 
 class MemoryUpdateHook(HookBase):
     """Commit the observed features after every step (Eq. 6), with the momentum of Eq. 7.
+
+    The running bases of the context ``ema`` (EMANet) are committed, too, with a memory or without.
 
     It is for any trainer of Detectron2, not ours alone. It must run on every process, after the
     optimiser's step and before the hook that changes the learning rate and the one that writes
@@ -108,7 +116,7 @@ class MemoryUpdateHook(HookBase):
         model = part_of(self.trainer, "model", self)
         if self.schedule == "lr":
             part_of(self.trainer, "optimizer", self)
-        self._memories = find_memories(model)
+        self._memories, self._bases = find_memories(model), find_bases(model)
         self._heads = [m for m in model.modules() if isinstance(m, MCIBIHead) and m.enabled]
         # Per memory: the first iteration in which a row was rejected, -1 for none.
         self._rejected = [
@@ -143,6 +151,8 @@ class MemoryUpdateHook(HookBase):
 
     def _commit(self) -> float:
         momentum = self._momentum()
+        for context in self._bases:
+            context.commit()
         for memory, rejected in zip(self._memories, self._rejected, strict=True):
             memory.commit(momentum)
             rejected.masked_fill_(memory.rejected & (rejected < 0), self.trainer.iter)

@@ -28,7 +28,7 @@ from .batch_norm_hook import AverageStatisticsHook, gather_statistics, set_stati
 from .checkpoint import Checkpointer, replacing
 from .class_names import class_names
 from .config_check import check_metadata, check_values
-from .memory_hooks import MemoryUpdateHook, find_memories
+from .memory_hooks import MemoryUpdateHook, find_bases, find_memories
 from .memory_init import MemoryInitHook
 from .picture_hook import PictureHook
 from .resume import RunConfig, regroup
@@ -337,7 +337,7 @@ class Trainer(DefaultTrainer):
         if cfg.TEST.AUG.ENABLED and cfg.DATASETS.TEST:
             evaluation = next(i for i, h in enumerate(built) if isinstance(h, hooks.EvalHook))
             built.insert(evaluation + 1, hooks.EvalHook(0, self._evaluate_with_tta))
-        if find_memories(self.model):
+        if find_memories(self.model) or find_bases(self.model):
             # Before the hook that steps the learning rate and before the checkpoint.
             update = MemoryUpdateHook(
                 memory.MOMENTUM,

@@ -33,4 +33,4 @@ CONTEXTS: dict[str, type[ContextModule]] = {
     "psa": PointwiseContext,
 }
 
-__all__ = ["CONTEXTS", "ContextModule"]
+__all__ = ["CONTEXTS", "ContextModule", "EMContext"]

@@ -28,12 +28,13 @@ class EMContext(ContextModule):
     here it is two buffers, ``projection`` and ``projection_bias``, so that every parameter has a
     gradient. They and the first bases are drawn from a seed of their own, alike on all processes.
 
-    **The running bases**, a buffer (channels, bases), move in training by
+    **The running bases**, a buffer (channels, bases), move as the rows of a
+    :class:`mcibi_d2.modeling.FeatureMemory` do: a forward pass in training adds the fitted bases to
+    sums, and :meth:`commit` moves the running ones, after the optimiser's step, by
     ``mu <- momentum mu + (1 - momentum) mean of the fitted mu``, the mean over the images of all
-    forward passes since the last move, and of all processes. They move after a backward pass: at
-    the next forward pass or when the state dict is asked for, whichever comes first. Up to there
-    all passes see the same bases, among them the second pass of ``torch.utils.checkpoint``, which
-    is not counted. Every process has to take part in each forward pass in training.
+    forward passes since the last one, and of all processes. Up to there all passes see the same
+    bases, among them the second pass of ``torch.utils.checkpoint``, whose fitted bases are those
+    of the first and leave their mean as it is.
 
     Args:
         bases: their number.
@@ -69,18 +70,11 @@ class EMContext(ContextModule):
         self.register_buffer("bases", F.normalize(drawn, dim=0))
         self.rebuild = conv_norm_relu(channels, channels, 1, norm)[:2]  # without its ReLU
         self.out = conv_norm_relu(channels, channels, 3, norm)
-        # The fitted bases that are to enter the running ones, and the number of their images.
-        self.register_buffer("_sums", torch.zeros(channels, bases), persistent=False)
-        self.register_buffer("_count", torch.zeros(()), persistent=False)
-        self._gradient_came = False
-        self.register_state_dict_pre_hook(_move_bases)
-        self.register_load_state_dict_post_hook(_forget)
+        # Of the images since the last commit, the sum of their bases, and in the last row their
+        # number.
+        self.register_buffer("_sums", torch.zeros(channels + 1, bases), persistent=False)
 
     def _gather(self, features: Tensor) -> Tensor:
-        # A forward pass inside of a backward pass is torch.utils.checkpoint's second one.
-        repeated = torch._C._current_graph_task_id() != -1
-        if not repeated:
-            _move_bases(self)
         pixels = self.pixels(features)
         with torch.no_grad():
             projected = F.conv2d(pixels, self.projection, self.projection_bias)
@@ -88,13 +82,11 @@ class EMContext(ContextModule):
             with torch.autocast(pixels.device.type, enabled=False):
                 dtype = torch.promote_types(self.bases.dtype, torch.float32)
                 rebuilt, fitted = self._fit(projected.to(dtype).flatten(2))
-                if self.training and not repeated:
-                    self._observe(fitted)
+        # Without gradients it is no training step: a pass for batch-norm statistics, say.
+        if self.training and torch.is_grad_enabled():
+            self._observe(fitted)
         rebuilt = self.rebuild(F.relu(rebuilt).view_as(pixels).to(pixels.dtype))
-        context = self.out(F.relu(pixels + rebuilt))
-        if self.training and context.requires_grad:
-            context.register_hook(self._note_gradient)
-        return context
+        return self.out(F.relu(pixels + rebuilt))
 
     def _fit(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Pixels (N, C, hw) to the rebuilt ones and each image's bases (N, C, k)."""
@@ -105,42 +97,24 @@ class EMContext(ContextModule):
             bases = F.normalize(pixels @ F.normalize(shares, p=1, dim=1), dim=1)
         return bases @ shares.transpose(1, 2), bases
 
+    @torch.no_grad()
     def _observe(self, fitted: Tensor) -> None:
-        """Keep the bases of each image of each process for the next move."""
+        """Add the bases of each image (N, C, k) to the sums."""
         # An image with overflowed features must not spoil the running bases for ever.
         sound = fitted.isfinite().flatten(1).all(dim=1)
-        kept = fitted.masked_fill(~sound[:, None, None], 0.0).sum(dim=0)
-        several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-        if several:
-            message = torch.cat([kept.flatten(), sound.sum(dtype=kept.dtype)[None]])
-            dist.all_reduce(message)
-            self._sums += message[:-1].view_as(kept)
-            self._count += message[-1]
-        else:
-            self._sums += kept
-            self._count += sound.sum()
+        self._sums[:-1] += fitted.masked_fill(~sound[:, None, None], 0.0).sum(dim=0)
+        self._sums[-1] += sound.sum()
 
-    def _note_gradient(self, _: Tensor) -> None:
-        self._gradient_came = True
+    @torch.no_grad()
+    def commit(self) -> None:
+        """Move the running bases by what was observed on all processes, and clear the sums.
 
-
-@torch.no_grad()
-def _move_bases(module: EMContext, *_) -> None:
-    """Move the running bases if a backward pass has been since the last move.
-
-    The sums are the same on all processes, so nothing is to be synchronised.
-    """
-    if not module._gradient_came:
-        return
-    # With nothing to go by, not a single sound image, they stay.
-    rate = (1 - module.momentum) * (module._count > 0)
-    mean = module._sums / module._count.clamp_min(1)
-    module.bases += rate * (mean - module.bases)
-    _forget(module)
-
-
-def _forget(module: EMContext, *_) -> None:
-    """Drop what was kept for the next move."""
-    module._sums.zero_()
-    module._count.zero_()
-    module._gradient_came = False
+        A collective operation: every process of the default group must call it. With nothing to go
+        by, not a single sound image, the bases stay.
+        """
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            dist.all_reduce(self._sums)
+        total, count = self._sums[:-1], self._sums[-1, 0]
+        rate = (1 - self.momentum) * (count > 0)
+        self.bases += rate * (total / count.clamp_min(1) - self.bases)
+        self._sums.zero_()
