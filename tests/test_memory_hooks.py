@@ -239,6 +239,15 @@ def test_resumed_after_any_iteration_the_memory_is_the_same(tmp_path, stop, opti
     assert [name for name in whole if not torch.equal(whole[name], resumed[name])] == []
 
 
+def test_bases_of_emanet_are_committed_without_a_memory(tmp_path):
+    options = ["MODEL.MCIBI.CONTEXT", "ema", "MODEL.MCIBI.ENABLED", "False"]
+    trainer = Trainer(make_tiny_cfg(tmp_path, *options, "SOLVER.MAX_ITER", "2"))
+    context = trainer.model.sem_seg_head.context
+    before = context.bases.clone()
+    trainer.train()
+    assert not torch.equal(context.bases, before) and not context._sums.any()
+
+
 def test_trains_in_detectron2s_own_segmentor(tmp_path):
     cfg = make_tiny_cfg(tmp_path, "MODEL.META_ARCHITECTURE", "SemanticSegmentor")
     trainer = Trainer(cfg)

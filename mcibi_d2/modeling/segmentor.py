@@ -116,14 +116,20 @@ class MCIBISegmentor(nn.Module):
     def preprocess(self, batched_inputs: list[dict]) -> ImageList:
         """Normalise the images and pad them to one size (and the backbone's divisibility)."""
         images = [x["image"].to(self.device, non_blocking=True) for x in batched_inputs]
-        # In float32 at least, and then in the type of a model in half precision.
-        dtype = torch.promote_types(self.pixel_mean.dtype, torch.float32)
-        mean, std = self.pixel_mean.to(dtype), self.pixel_std.to(dtype)
-        images = [((x.to(dtype) - mean) / std).to(self.pixel_mean.dtype) for x in images]
+        images = [self.normalize(x) for x in images]
         batch = ImageList.from_tensors(images, self.backbone.size_divisibility)
         # The layout in which convolutions are fastest, on CPUs and on tensor cores.
         batch.tensor = batch.tensor.contiguous(memory_format=torch.channels_last)
         return batch
+
+    def normalize(self, image: Tensor) -> Tensor:
+        """An image or images (.., 3, H, W), less the pixels' mean and divided by their deviation.
+
+        In float32 at least, and then in the type of a model in half precision.
+        """
+        dtype = torch.promote_types(self.pixel_mean.dtype, torch.float32)
+        normalized = (image.to(dtype) - self.pixel_mean.to(dtype)) / self.pixel_std.to(dtype)
+        return normalized.to(self.pixel_mean.dtype)
 
     def pad_targets(self, targets: list[Tensor]) -> Tensor:
         """Labels (H_i, W_i) of images, (N, H, W) at the size that :meth:`preprocess` pads these to.

@@ -71,7 +71,7 @@ class ImagesToLogits(nn.Module):
         if self.flip:
             images = images.flip(1)
         if self.normalize:
-            images = (images - model.pixel_mean.float()) / model.pixel_std.float()
+            images = model.normalize(images)
         images = images.to(model.pixel_mean.dtype)
         height, width = images.shape[-2:]
         unit = model.backbone.size_divisibility
