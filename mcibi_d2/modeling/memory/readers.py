@@ -48,13 +48,21 @@ class MemoryReader(nn.Module):
         raise NotImplementedError
 
 
-class PixelReader(Attention, MemoryReader):
-    """Eq. 12-14: the rows are mixed by W at each position, and the pixels attend to all positions.
+class MixtureReader(MemoryReader):
+    """Mixes the rows by W at each position (Eq. 12), and calls itself on pixels and mixtures."""
+
+    mixes = True
+
+    def read(self, pixels: Tensor, coarse: Tensor, memory: FeatureMemory) -> Tensor:
+        """C_bi (N, C, h, w); the arguments are those of every reader."""
+        return self(pixels, memory.read(self.weights(coarse)).to(pixels.dtype))
+
+
+class PixelReader(Attention, MixtureReader):
+    """Eq. 12-14: the pixels attend to the mixtures at all positions.
 
     Its layers are those of :class:`mcibi_d2.modeling.Attention`.
     """
-
-    mixes = True
 
     def __init__(
         self,
@@ -66,18 +74,12 @@ class PixelReader(Attention, MemoryReader):
     ):
         super().__init__(channels, attention_dim, norm)
 
-    def read(self, pixels: Tensor, coarse: Tensor, memory: FeatureMemory) -> Tensor:
-        """Mix by W, then attend; as :meth:`MemoryReader.read` has it."""
-        return self(pixels, memory.read(self.weights(coarse)).to(pixels.dtype))
 
-
-class SlotReader(MemoryReader):
+class SlotReader(MixtureReader):
     """Eq. 12-14 with an attention block for each slot, joined by a 1x1 conv-BN-ReLU.
 
     For a memory with several rows per class, as in the code that the paper's authors released.
     """
-
-    mixes = True
 
     def __init__(
         self,
@@ -90,10 +92,6 @@ class SlotReader(MemoryReader):
         super().__init__()
         self.of_slot = nn.ModuleList(Attention(channels, attention_dim, norm) for _ in range(slots))
         self.join = conv_norm_relu(slots * channels, channels, 1, norm)
-
-    def read(self, pixels: Tensor, coarse: Tensor, memory: FeatureMemory) -> Tensor:
-        """Mix each slot's rows by W, attend to each mixture, and join."""
-        return self(pixels, memory.read(self.weights(coarse)).to(pixels.dtype))
 
     def forward(self, pixels: Tensor, context: Tensor) -> Tensor:
         """Refine ``context`` (N, S * C, h, w) by ``pixels`` (N, C, h, w); returns (N, C, h, w)."""
@@ -134,7 +132,7 @@ class RowReader(MemoryReader):
         self.out = conv_norm_relu(attention_dim, channels, 1, norm)
 
     def read(self, pixels: Tensor, coarse: Tensor, memory: FeatureMemory) -> Tensor:
-        """Attend to the rows; as :meth:`MemoryReader.read` has it."""
+        """C_bi (N, C, h, w); the arguments are those of every reader."""
         log_weights = coarse.log_softmax(dim=1).repeat_interleave(memory.slots, dim=1)
         return self(pixels, memory.rows, memory.initialized, log_weights)
 
