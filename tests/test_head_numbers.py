@@ -13,7 +13,7 @@ from conftest import make_tiny_cfg
 from detectron2.layers import ShapeSpec
 
 from mcibi_d2.modeling import MCIBIHead
-from mcibi_d2.modeling.context import CONTEXTS
+from mcibi_d2.modeling.context import CONTEXTS, EMContext
 
 FILE = Path(__file__).parent / "data" / "heads.json"
 SHAPES = {"res4": ShapeSpec(channels=10, stride=8), "res5": ShapeSpec(channels=20, stride=8)}
@@ -61,6 +61,8 @@ def measure(case, folder):
     sum(losses.values()).backward()
     numbers = {name: loss.detach() for name, loss in losses.items()}
     numbers["gradients"] = sum(p.grad.double().abs().sum() for p in head.parameters())
+    if isinstance(head.context, EMContext):
+        head.context.commit()
     if head.enabled:
         head.memory.commit(0.5)
         numbers["rows"] = head.memory.rows.detach().abs().sum()
