@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import ROOT
+from detectron2.modeling import build_model
 from ssseg_models import CLASSES, MODELS
 
 from mcibi_d2 import InputError
@@ -233,7 +234,7 @@ def shapes_of_ours(cfg):
     cfg.defrost()
     cfg.MODEL.DEVICE = "meta"
     with torch.device("meta"):
-        return Trainer.build_model(cfg).state_dict()
+        return build_model(cfg).state_dict()
 
 
 def test_positions_of_a_pretrained_vision_transformer_are_resampled():

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from detectron2.modeling import build_model
 from ssseg_models import (
     CLASSES,
     MODELS,
@@ -34,7 +35,7 @@ def convert_to_ours(net, cfg, monkeypatch):
     """Our model with the weights of a released network, in evaluation mode."""
     cfg.MODEL.DEVICE = "meta"
     with torch.device("meta"):
-        model = Trainer.build_model(cfg).eval()
+        model = build_model(cfg).eval()
     # What it would find by building the model again.
     monkeypatch.setattr("mcibi_d2.convert._expected", lambda cfg: model.state_dict())
     model.load_state_dict(convert_released(net.state_dict(), cfg), assign=True)
