@@ -3,6 +3,7 @@
 import json
 import pickle
 import re
+import shutil
 import sys
 
 import numpy as np
@@ -597,6 +598,27 @@ def test_bad_first_file_can_be_skipped(tmp_path):
     check_config(cfg)
     batch = next(iter(Trainer.build_train_loader(cfg)))
     assert {x["file_name"] for x in batch} == {str(tmp_path / "images/1.jpg")}
+
+
+def test_copies_of_the_labels_are_no_images(tmp_path, argv):
+    write_labels(tmp_path / "labels", [0, 1, 2])
+    shutil.copytree(tmp_path / "labels", tmp_path / "images")
+    output = ("--output", tmp_path / "mine.yaml")
+    with pytest.raises(SystemExit, match="images: each image is a copy of its label, expected"):
+        init(tmp_path / "images", tmp_path / "labels", *output)
+    # One alone may be: an empty picture.
+    write_images(tmp_path / "images", [f"{i}.png" for i in range(1, COUNT)])
+    init(tmp_path / "images", tmp_path / "labels", *output)
+
+
+def test_images_to_evaluate_on_are_training_images_by_a_link(tmp_path, argv, capsys):
+    write_images(tmp_path / "images")
+    write_labels(tmp_path / "labels", [0, 1, 2])
+    for name in ("images", "labels"):
+        (tmp_path / f"val_{name}").symlink_to(tmp_path / name)
+    held_out = ("--val-images", tmp_path / "val_images", "--val-labels", tmp_path / "val_labels")
+    init(*(tmp_path / x for x in ("images", "labels")), "--output", tmp_path / "m.yaml", *held_out)
+    assert "5 images are both for training and for evaluation" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("one", [True, False], ids=["one folder", "two folders"])

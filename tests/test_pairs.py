@@ -74,6 +74,20 @@ def test_ending_alone_tells_labels_in_one_folder(tmp_path):
     assert [path.name for path in found.alone] == ["alone.jpg"]
 
 
+@pytest.mark.parametrize(
+    "image, label, suffix",
+    [("{}.png", "{}.npy", ".npy"), ("{}.jpg", "{}.jpg.png", ".jpg.png")],
+)
+def test_other_endings_that_tell_labels_in_one_folder(image, label, suffix, tmp_path):
+    touch(tmp_path, *names(image, label))
+    assert guess_suffixes([str(tmp_path)]) == ("", suffix)
+    found = find_pairs([str(tmp_path)], "", suffix)
+    assert [(p.image.name, p.label.name) for p in found.pairs] == [
+        (image.format(i), label.format(i)) for i in range(4)
+    ]
+    assert not found.alone
+
+
 def test_equal_names_are_not_given_up_for_a_suffix(tmp_path):
     touch(tmp_path / "x", *names("im{}.jpg", count=21), "im1_night.jpg")
     touch(tmp_path / "y", *names("im{}.png", count=21), "im1_night.png")
@@ -130,6 +144,10 @@ def test_suffix_that_nobody_has_names_the_key_and_files(tmp_path):
     # Training does not guess, but the error does.
     with pytest.raises(InputError, match="IMAGE_SUFFIX '' and LABEL_SUFFIX '_mask' pair them"):
         find_pairs(source)
+    touch(tmp_path / "nested", "a/1.jpg")
+    touch(tmp_path / "flat", "1.png")
+    with pytest.raises(InputError, match=r"labels are named as 1\.png, images as a/1\.jpg"):
+        find_pairs([str(tmp_path / "nested"), str(tmp_path / "flat")])
 
 
 # --- an image that is its own label

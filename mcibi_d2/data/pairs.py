@@ -117,6 +117,10 @@ def guess_suffixes(source: Sequence[str]) -> tuple[str, str]:
             f"{paths[-1]}: images have several labels, whose names end in {', '.join(rivals)}; "
             f"--label-suffix says which are meant"
         )
+    # Of x.jpg.png, .jpg alone would be the ending of the images.
+    longer = [key for key in files[1] if _without_ending(key).endswith(best[1])]
+    if one and best[1].lower() in LABEL_SUFFIXES and longer:
+        return best[0], best[1] + os.path.splitext(longer[0])[1]
     return best
 
 
@@ -216,8 +220,8 @@ def _no_pair(
             f"IMAGE_SUFFIX, LABEL_SUFFIX); files are named as {', '.join(_some(files))}"
         )
     said = (
-        f"{paths[1]}: no label has the name of an image: labels are named as "
-        f"{Path(min(files[1])).name}, images as {Path(min(files[0])).name}"
+        f"{paths[1]}: no label has the name of an image, with its folders: labels are named as "
+        f"{min(files[1])}, images as {min(files[0])}"
     )
     guess = guess_suffixes(source)
     if any(guess):
@@ -293,17 +297,16 @@ def _oriented(counts: Counter) -> Counter[tuple[str, str]]:
 
 
 def _label_ending(names: list[str]) -> tuple[str, int] | None:
-    """Of one folder: the ending of labels whose images are JPEGs of the same names."""
-    jpegs = {
-        _without_ending(name)
-        for name in names
-        if name.lower().endswith((".jpg", ".jpeg", ".jpe", ".jfif"))
-    }
+    """Of one folder: the ending of labels, where endings tell them from images of the same names.
+
+    Arrays are labels; else JPEGs are images and what is not JPEG are labels.
+    """
+    jpegs = {name for name in names if name.lower().endswith((".jpg", ".jpeg", ".jpe", ".jfif"))}
+    arrays = {name for name in names if name.lower().endswith(".npy")}
+    labels = arrays or set(names) - jpegs
+    images = {_without_ending(name) for name in (set(names) - arrays if arrays else jpegs)}
     endings = Counter(
-        os.path.splitext(name)[1]
-        for name in names
-        if _without_ending(name) in jpegs
-        and not name.lower().endswith((".jpg", ".jpeg", ".jpe", ".jfif"))
+        os.path.splitext(name)[1] for name in sorted(labels) if _without_ending(name) in images
     )
     return endings.most_common(1)[0] if endings else None
 

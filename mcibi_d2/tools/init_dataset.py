@@ -5,6 +5,7 @@ python -m mcibi_d2.tools.init_dataset manifest.json --output my_dataset.yaml
 """
 
 import argparse
+import filecmp
 import json
 import os
 import re
@@ -793,7 +794,8 @@ def init_dataset(args: argparse.Namespace) -> None:
             if how == "nearest"
             else f"Pixels from {args.threshold} on are one class, the others the other."
         )
-    twice = {pair.image for pair in train} & {pair.image for pair in val}
+    seen = {pair.image.resolve() for pair in train}
+    twice = [pair.image for pair in val if pair.image.resolve() in seen]
     if twice:
         said.append(f"{len(twice)} images are both for training and for evaluation: {min(twice)}")
     classes = sorted(set(labels.pixels) - ignored)
@@ -809,6 +811,11 @@ def init_dataset(args: argparse.Namespace) -> None:
         raise InputError(
             f"the labels hold one class, {', '.join(map(_text, classes)) or 'none'}, expected two "
             f"or more beside what is ignored"
+        )
+    used = (pair for pair in pairs if pair.name not in wrong)
+    if all(filecmp.cmp(pair.image, pair.label, shallow=False) for pair in used):
+        raise InputError(
+            f"{own.TRAIN[0]}: each image is a copy of its label, expected images and labels"
         )
     own.CLASS_NAMES, own.CLASS_COLORS = name_classes(classes, labels)
     if labels.in_color:
