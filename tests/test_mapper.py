@@ -105,6 +105,34 @@ def test_exif_turns_images_as_in_detectron2(tmp_path, orientation):
     assert np.array_equal(read_image(str(tmp_path / "x.png"), "RGB"), expected)
 
 
+@pytest.mark.parametrize("kind", ["colors", "gray of 16 bits", "colors of 16 bits"])
+@pytest.mark.parametrize("orientation", [1, 3, 5, 6, 8])
+def test_tiffs_are_turned_once(tmp_path, orientation, kind):
+    """Pillow turns them when it reads the pixels."""
+    path, stored = tmp_path / "x.tif", picture()
+    if kind == "colors of 16 bits":
+        pyvips = pytest.importorskip("pyvips")
+        deep = pyvips.Image.new_from_array(stored.astype(np.uint16) * 16, interpretation="rgb16")
+        deep = deep.copy()
+        deep.set_type(pyvips.GValue.gint_type, "orientation", orientation)
+        deep.tiffsave(str(path))
+    else:
+        gray = kind == "gray of 16 bits"
+        image = Image.fromarray(stored[..., 0].astype(np.uint16) * 16 if gray else stored)
+        stored = np.repeat(stored[..., :1], 3, 2) if gray else stored
+        image.save(path, tiffinfo={ORIENTATION: orientation})
+    save_turned(tmp_path / "x.png", stored, orientation)
+    expected = read_image(str(tmp_path / "x.png"), "RGB")
+    for white_level in [4080] if "16" in kind else [0, 4080]:
+        assert np.array_equal(read_image(str(path), "RGB", white_level=white_level), expected)
+        # As stored, where the labels are.
+        Image.fromarray(stored[..., 0]).save(tmp_path / "labels.png")
+        found = read_image(str(path), "RGB", str(tmp_path / "labels.png"), white_level)
+        assert np.array_equal(found, expected if orientation < 5 else stored)
+    if "16" in kind:
+        assert np.array_equal(read_image(str(path), "RGB"), expected // 16)
+
+
 @pytest.mark.parametrize("fits", ["turned", "stored"])
 def test_labels_decide_and_training_agrees_with_evaluation(tmp_path, people, fits):
     image = picture()

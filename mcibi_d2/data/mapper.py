@@ -1,7 +1,8 @@
 """From a data set record to what the model takes."""
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import IO
 
@@ -26,7 +27,7 @@ IMAGE_FORMATS = ("RGB", "BGR")
 # Of EXIF's eight orientations, those that exchange height and width.
 _SIDEWAYS = (5, 6, 7, 8)
 # What brings each of them upright.
-_TURNS = {
+TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -36,6 +37,7 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 # Of TIFF: tags, bands by PhotometricInterpretation, and the ExtraSamples that are alpha.
+_WIDTH, _LENGTH = 256, 257
 _PHOTOMETRIC, _SAMPLES_PER_PIXEL, _EXTRA_SAMPLES = 262, 277, 338
 _COLOR_BANDS = {0: 1, 1: 1, 2: 3, 3: 1, 5: 4, 6: 3, 8: 3}
 _ALPHA = ((1,), (2,))
@@ -70,9 +72,19 @@ def read_image(
     Raises:
         InputError: naming the file.
     """
+    with (
+        errors_named(file_name),
+        PathManager.open(file_name, "rb") as file,
+        open_image(file, max_pixels) as image,
+    ):
+        return image_array(image, image_format, label_file, white_level, file)
+
+
+@contextmanager
+def errors_named(file_name: str) -> Iterator[None]:
+    """Turn any error of a block that reads an image file into an ``InputError`` that names it."""
     try:
-        with PathManager.open(file_name, "rb") as file, open_image(file, max_pixels) as image:
-            return image_array(image, image_format, label_file, white_level, file)
+        yield
     except InputError as error:
         raise InputError(f"{file_name}: {error}") from error
     # Pillow's decoders raise whatever their libraries do.
@@ -99,22 +111,41 @@ def image_array(
     Raises:
         Exception: a ``ValueError`` that says what is wrong, or whatever Pillow's decoders raise.
     """
-    _check_bands(image)
+    image = upright_image(image, label_file, white_level, file)
+    return np.ascontiguousarray(detection_utils.convert_PIL_to_numpy(image, image_format))
+
+
+def upright_image(
+    image: Image.Image,
+    label_file: str | None = None,
+    white_level: int = 0,
+    file: IO[bytes] | None = None,
+) -> Image.Image:
+    """The image of :func:`image_array` before it gets its three channels: of 8 bits, and turned."""
+    check_bands(image)
     deep = bool(white_level) and is_deep(image) and bool(file or image.mode.startswith("I"))
     orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-    as_stored = orientation in _SIDEWAYS and _size_in_header(label_file) == image.size
+    as_stored = orientation in _SIDEWAYS and size_in_header(label_file) == _stored_size(image)
+    colors = deep and not image.mode.startswith("I")
+    values = _deep_values(file, image) if deep else None
+    turned = image.format == "TIFF"  # by OpenCV, which reads colors of 16 bits
+    if not colors:
+        image.load()
+        # Pillow turns TIFFs by itself, too, from some release on, and takes the tag away.
+        turned = image.getexif().get(ExifTags.Base.Orientation, 1) != orientation
     if deep:
-        image = Image.fromarray(_white_table(white_level)[_deep_values(file, image)])
-    if orientation in _TURNS and not as_stored:
-        image = image.transpose(_TURNS[orientation])
+        image = Image.fromarray(white_table(white_level)[values])
+    if orientation in TURNS and turned == as_stored:
+        back = {6: 8, 8: 6}.get(orientation, orientation)
+        image = image.transpose(TURNS[back if turned else orientation])
     if image.mode.startswith("I"):
         image = _upper_8_bits(image)
     if image.mode == "F":
         raise ValueError("floating-point values, expected 8 or 16 bits")
-    return np.ascontiguousarray(detection_utils.convert_PIL_to_numpy(image, image_format))
+    return image
 
 
-def _check_bands(image: Image.Image) -> None:
+def check_bands(image: Image.Image) -> None:
     """Of a TIFF, what is beyond its colours is alpha, which its tags say."""
     tags = getattr(image, "tag_v2", {})
     samples = tags.get(_SAMPLES_PER_PIXEL, 1)
@@ -126,6 +157,12 @@ def _check_bands(image: Image.Image) -> None:
             f"(its tag ExtraSamples is {kinds or 'missing'}), expected {samples - extra}; "
             f"`gdal_translate -b 1 -b 2 -b 3` takes the first three"
         )
+
+
+def _stored_size(image: Image.Image) -> tuple[int, int]:
+    """(width, height) of what is in a file; of a TIFF, Pillow may have turned it already."""
+    tags = getattr(image, "tag_v2", {})
+    return tags.get(_WIDTH, image.width), tags.get(_LENGTH, image.height)
 
 
 def is_deep(image: Image.Image) -> bool:
@@ -155,7 +192,8 @@ def _deep_values(file: IO[bytes], image: Image.Image) -> np.ndarray:
 
 
 @cache
-def _white_table(white_level: int) -> np.ndarray:
+def white_table(white_level: int) -> np.ndarray:
+    """The 8 bits that each value of 16 becomes, (65536,) uint8."""
     values = np.minimum(np.arange(1 << 16), white_level)
     return (values * 255 / white_level).round().astype(np.uint8)
 
@@ -204,7 +242,7 @@ def say_dark(values: Iterable[tuple[int, int]]) -> list[str]:
     ]
 
 
-def _size_in_header(file_name: str | None) -> tuple[int, int] | None:
+def size_in_header(file_name: str | None) -> tuple[int, int] | None:
     """(width, height), None if there is no such file or it is no image."""
     try:
         if is_array(file_name):
