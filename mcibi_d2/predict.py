@@ -1,7 +1,7 @@
 """A trained model for images: labels, their probabilities, and a picture."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import NamedTuple
@@ -18,19 +18,24 @@ from .config import add_mcibi_config
 from .data import read_image
 from .data.augmentation import build_test_augmentation
 from .data.classes import CLASSES_FILE, Classes
-from .data.mapper import image_array
+from .data.image_rows import ImageRows, open_rows
+from .data.mapper import image_array, size_in_header
 from .engine import Checkpointer, Trainer
 from .engine.checkpoint import check_weights_exist
 from .engine.class_names import check_data_sets, class_names
 from .engine.config_check import check_config, check_values, merge_file
 from .engine.setup import without_download
 from .errors import InputError
-from .modeling.resize import best_class
+from .modeling.resize import best_class, label_type
 from .modeling.score_maps import ResizedMap, ScoreMap
 from .visualization import blend
 
 # Pixels of the network's input that are run together, but for an image that has more.
 MOST_PIXELS = 2**22
+# Of an image of more pixels, windows are cut from some rows at a time.
+LARGE_PIXELS = 2**25
+# Pixels that are drawn together.
+_DRAWN_PIXELS = 2**22
 _logger = logging.getLogger(__name__)
 
 _EXPECTED = "(H, W, 3) uint8 in the order BGR"
@@ -76,13 +81,17 @@ class Prediction(NamedTuple):
 
 
 # What is taken as an image: see Predictor.__call__.
-PredictorInput = np.ndarray | Image.Image | str | PathLike
+PredictorInput = np.ndarray | Image.Image | ImageRows | str | PathLike
 
 
 class Predictor:
     """Segment images as ``--eval-only`` does: same test size, whole or in windows.
 
     Test-time augmentation is not applied.
+
+    Of an image of more than 33 megapixels (:data:`LARGE_PIXELS`), ``TEST.INFERENCE slide`` with
+    ``INPUT.MIN_SIZE_TEST 0`` needs a row of windows at a time. Of a PNG, TIFF or JPEG file they are
+    read so (with the extra ``large``), and the image is never in memory as a whole.
 
     Attributes:
         classes: of the model.
@@ -146,6 +155,13 @@ class Predictor:
         self.white_level = cfg.INPUT.WHITE_LEVEL
         self.max_pixels = cfg.INPUT.MAX_PIXELS
         self._rgb = cfg.INPUT.FORMAT == "RGB"
+        # Whether a large image is taken in windows of its own size.
+        self._windows = (
+            cfg.TEST.INFERENCE == "slide"
+            and not self._augmentations.augs
+            and hasattr(self.model, "slide")
+        )
+        self._said = False
 
     @classmethod
     def from_run(
@@ -214,11 +230,13 @@ class Predictor:
                 Of a list, those that have one size for the network are run together.
 
         Returns:
-            A :class:`Prediction`, or a list of them in the order of the images.
+            A :class:`Prediction`, or a list of them in the order of the images. Its scores and its
+            overlay have seven bytes for each pixel: of a large image :meth:`labels` or
+            :meth:`bands` need less.
         """
         if not isinstance(image, list | tuple):
             return self([image])[0]
-        images = [self._pixels(x, i if len(image) > 1 else None) for i, x in enumerate(image)]
+        images = [self._open(x, i if len(image) > 1 else None) for i, x in enumerate(image)]
         return [
             Prediction(labels, scores, self.draw(x, labels))
             for x, (labels, scores) in zip(images, self.predict(images), strict=True)
@@ -230,21 +248,66 @@ class Predictor:
         """The first two parts of a :class:`Prediction`, without the picture."""
         if not isinstance(image, list | tuple):
             return self.predict([image])[0]
-        found: list = [None] * len(image)
+        return self._segment(image, _labels_and_scores)
+
+    def labels(
+        self, image: PredictorInput | Sequence[PredictorInput]
+    ) -> np.ndarray | list[np.ndarray]:
+        """The labels of a :class:`Prediction` alone, as ``--eval-only`` makes them."""
+        if not isinstance(image, list | tuple):
+            return self.labels([image])[0]
+        return self._segment(image, lambda score_map: score_map.labels().cpu().numpy())
+
+    @torch.no_grad()
+    def bands(self, image: PredictorInput) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """What :meth:`predict` gives, for some rows of an image after the other, from above."""
+        image = self._open(image)
+        rows = self._rows(image)
+        score_map = self._slide(rows) if rows else self._score_maps([self._prepare(image)])[0]
+        for start, stop in score_map.bands():
+            labels, scores = _band(score_map, start, stop)
+            yield labels.cpu().numpy(), scores.cpu().numpy()
+
+    def read(self, path: str | PathLike) -> np.ndarray | ImageRows:
+        """A file as :meth:`predict` and :meth:`draw` take it.
+
+        Returns:
+            (H, W, 3) uint8 BGR, or, of a large image that windows suffice of, its rows.
+
+        Raises:
+            InputError: naming the file.
+        """
+        size = (size_in_header(str(path)) or (0, 0))[::-1]
+        reader = open_rows if self._in_windows(size) else read_image
+        return reader(str(path), "BGR", white_level=self.white_level, max_pixels=self.max_pixels)
+
+    def _in_windows(self, size: tuple[int, int]) -> bool:
+        return self._windows and size[0] * size[1] > LARGE_PIXELS
+
+    def _segment(
+        self, images: Sequence[PredictorInput], finish: Callable[[ScoreMap], object]
+    ) -> list:
+        """What ``finish`` makes of the scores of each image."""
+        found: list = [None] * len(images)
         waiting: dict[tuple[int, ...], list[tuple[int, dict]]] = {}
-        for number, x in enumerate(image):
-            inputs = self._prepare(self._pixels(x, number if len(image) > 1 else None))
+        for number, x in enumerate(images):
+            x = self._open(x, number if len(images) > 1 else None)
+            if rows := self._rows(x):
+                with torch.no_grad():
+                    found[number] = finish(self._slide(rows))
+                continue
+            inputs = self._prepare(x)
             shape = tuple(inputs["image"].shape)
             batch = waiting.setdefault(shape, [])
             batch.append((number, inputs))
             if len(batch) >= min(self.batch_size, MOST_PIXELS // (shape[1] * shape[2])):
-                self._run(waiting.pop(shape), found)
+                self._run(waiting.pop(shape), found, finish)
         for batch in waiting.values():
-            self._run(batch, found)
+            self._run(batch, found, finish)
         return found
 
-    def _pixels(self, image: PredictorInput, number: int | None = None) -> np.ndarray:
-        """An image (H, W, 3) uint8 BGR.
+    def _open(self, image: PredictorInput, number: int | None = None) -> np.ndarray | ImageRows:
+        """An image (H, W, 3) uint8 BGR, or the rows of a large one.
 
         Args:
             image: what a caller gave.
@@ -252,9 +315,9 @@ class Predictor:
         """
         what = "image" if number is None else f"image {number} of the list"
         if isinstance(image, str | PathLike):
-            return read_image(
-                str(image), "BGR", white_level=self.white_level, max_pixels=self.max_pixels
-            )
+            return self.read(image)
+        if isinstance(image, ImageRows):
+            return image
         if isinstance(image, Image.Image):
             try:
                 return image_array(image, "BGR", white_level=self.white_level)
@@ -275,20 +338,49 @@ class Predictor:
             )
         return image
 
-    def _prepare(self, image: np.ndarray) -> dict:
+    def _rows(self, image: np.ndarray | ImageRows) -> ImageRows | None:
+        """The rows of a large image that windows suffice of; None: the network takes it whole."""
+        if isinstance(image, np.ndarray) and self._in_windows(image.shape[:2]):
+            return ImageRows.of(image)
+        return image if isinstance(image, ImageRows) and self._windows else None
+
+    def _slide(self, image: ImageRows) -> ScoreMap:
+        def rows(start: int, stop: int) -> torch.Tensor:
+            return self._tensor(image(start, stop)).to(self.model.device, non_blocking=True)
+
+        return self.model.slide(rows, image.size)
+
+    def _prepare(self, image: np.ndarray | ImageRows) -> dict:
         """A BGR image as the model takes it."""
+        if isinstance(image, ImageRows):
+            image = image(0, image.size[0])
         height, width = image.shape[:2]
-        inputs = T.AugInput(np.ascontiguousarray(image[..., ::-1]) if self._rgb else image)
+        inputs = T.AugInput(image)
         self._augmentations(inputs)
-        tensor = torch.from_numpy(np.ascontiguousarray(inputs.image.transpose(2, 0, 1)))
+        tensor = self._tensor(inputs.image).contiguous()
+        pixels = tensor[0].numel()
+        if pixels > LARGE_PIXELS and pixels >= height * width and not self._said:
+            self._said = True
+            _logger.warning(
+                f"An image of {width} x {height} pixels (width x height) is in memory as a whole, "
+                f"at {tensor.shape[2]} x {tensor.shape[1]} for the network: TEST.INFERENCE slide "
+                f"with INPUT.MIN_SIZE_TEST 0 and INPUT.TEST_RESIZE shortest_edge takes windows"
+            )
         return {"image": tensor, "height": height, "width": width}
 
+    def _tensor(self, image: np.ndarray) -> torch.Tensor:
+        """BGR pixels (H, W, 3) as (3, H, W), in the model's order."""
+        image = np.ascontiguousarray(image[..., ::-1] if self._rgb else image)
+        return torch.from_numpy(image).permute(2, 0, 1)
+
     @torch.no_grad()
-    def _run(self, batch: list[tuple[int, dict]], found: list) -> None:
-        """Put labels and scores of a batch where they belong."""
+    def _run(
+        self, batch: list[tuple[int, dict]], found: list, finish: Callable[[ScoreMap], object]
+    ) -> None:
+        """Put what ``finish`` makes of each of a batch where it belongs."""
         maps = self._score_maps([inputs for _, inputs in batch])
         for (number, _), score_map in zip(batch, maps, strict=True):
-            found[number] = _labels_and_scores(score_map)
+            found[number] = finish(score_map)
 
     def _score_maps(self, batch: list[dict]) -> list[ScoreMap]:
         if hasattr(self.model, "score_maps"):
@@ -299,24 +391,39 @@ class Predictor:
             maps.append(ResizedMap(result["sem_seg"], size, size, size))
         return maps
 
-    def draw(self, image: np.ndarray, labels: np.ndarray, opacity: float = 0.6) -> np.ndarray:
+    def draw(
+        self, image: np.ndarray | ImageRows, labels: np.ndarray, opacity: float = 0.6
+    ) -> np.ndarray:
         """An image (H, W, 3) uint8 BGR with labels (H, W) laid over it in the classes' colours."""
-        return blend(image, labels, [c[::-1] for c in self.classes.colors], opacity)
+        colors = [c[::-1] for c in self.classes.colors]
+        height, width = labels.shape
+        picture = np.empty((height, width, 3), dtype=np.uint8)
+        step = max(1, _DRAWN_PIXELS // width)
+        for start in range(0, height, step):
+            stop = min(start + step, height)
+            rows = image(start, stop) if isinstance(image, ImageRows) else image[start:stop]
+            picture[start:stop] = blend(rows, labels[start:stop], colors, opacity)
+        return picture
 
 
 def _labels_and_scores(score_map: ScoreMap) -> tuple[np.ndarray, np.ndarray]:
     """The class of every pixel and its probability, made by bands of rows."""
-    labels, scores = [], []
+    size, device = score_map.size, score_map.device
+    labels = torch.empty(size, dtype=label_type(score_map.num_classes), device=device)
+    scores = torch.empty(size, device=device)
     for start, stop in score_map.bands():
-        rows = score_map.rows(start, stop)
-        best = rows.amax(dim=0)
-        if score_map.probabilities:
-            scores.append(best)
-        else:
-            # Softmax, of its largest value alone.
-            scores.append((rows - best).exp_().sum(dim=0).reciprocal_())
-        labels.append(best_class(rows, best=best))  # overwrites the rows
-    return torch.cat(labels).cpu().numpy(), torch.cat(scores).cpu().numpy()
+        labels[start:stop], scores[start:stop] = _band(score_map, start, stop)
+    return labels.cpu().numpy(), scores.cpu().numpy()
+
+
+def _band(score_map: ScoreMap, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The class of every pixel of some rows, and its probability."""
+    rows = score_map.rows(start, stop)
+    best = scores = rows.amax(dim=0)
+    if not score_map.probabilities:
+        # Softmax, of its largest value alone.
+        scores = (rows - best).exp_().sum(dim=0).reciprocal_()
+    return best_class(rows, best=best), scores  # overwrites the rows
 
 
 def _hint(image: np.ndarray) -> str:

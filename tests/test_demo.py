@@ -107,12 +107,12 @@ def test_legend_lists_the_classes_that_occur():
     assert with_legend(image, many, names, palette).shape[0] > 30 * 11
 
 
-def run(monkeypatch, weights, output, *inputs, options=()):
+def run(monkeypatch, weights, output, *inputs, options=(), opts=()):
     command = [
         "demo", "--config-file", str(ROOT / "configs/scenes/mcibi_tiny.yaml"), "--input", *inputs,
         "--output", output, *options, "--opts", *OPTIONS, "MODEL.WEIGHTS", weights,
         "MODEL.SEM_SEG_HEAD.CONVS_DIM", "16", "MODEL.SEM_SEG_HEAD.CLASS_WEIGHTS", "[]",
-        "MODEL.MCIBI.ATTENTION_DIM", "8",
+        "MODEL.MCIBI.ATTENTION_DIM", "8", *opts,
     ]  # fmt: skip
     monkeypatch.setattr(sys, "argv", list(map(str, command)))
     demo.main()
@@ -215,9 +215,9 @@ def test_pictures_and_frames_are_run_together(monkeypatch, tmp_path, weights):
     for number, image in enumerate(sizes):
         cv2.imwrite(str(tmp_path / f"{number}.png"), image)
     write_video(tmp_path / "film.avi", 5)
-    given, predict = [], demo.Predictor.predict
+    given, labels = [], demo.Predictor.labels
     monkeypatch.setattr(
-        demo.Predictor, "predict", lambda self, x: (given.append(len(x)), predict(self, x))[1]
+        demo.Predictor, "labels", lambda self, x: (given.append(len(x)), labels(self, x))[1]
     )
     run(monkeypatch, weights, tmp_path / "out", tmp_path, options=["--batch", "2"])
     assert given == [2, 1, 2, 2, 1]

@@ -96,7 +96,7 @@ def test_train_net_is_short_and_has_no_classes():
 def test_optional_libraries_are_not_imported():
     code = (
         "import sys, mcibi_d2.engine, mcibi_d2.predict; print([m for m in ('sklearn', 'scipy', "
-        "'h5py', 'onnx', 'onnxruntime', 'openTSNE', 'pandas') if m in sys.modules])"
+        "'h5py', 'onnx', 'onnxruntime', 'openTSNE', 'pandas', 'pyvips') if m in sys.modules])"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"

@@ -1,7 +1,8 @@
 """The meta-architecture: normalise -> backbone -> head -> resize, for the image or for windows."""
 
 import contextlib
-from collections.abc import Iterator
+import itertools
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -222,39 +223,64 @@ class MCIBISegmentor(nn.Module):
         return self.logits(images.tensor), images
 
     def _slide(self, x: dict) -> ScoreMap:
-        """The scores of one image from its windows; each is padded as an image of its own."""
-        image, sliding = x["image"].to(self.device, non_blocking=True), self.sliding
+        """The scores of one image from its windows."""
+        image = x["image"].to(self.device, non_blocking=True)
         size = tuple(image.shape[-2:])
+        return self.slide(lambda start, stop: image[:, start:stop], size, _out_size(x))
+
+    def slide(
+        self,
+        rows: Callable[[int, int], Tensor],
+        size: tuple[int, int],
+        out_size: tuple[int, int] | None = None,
+    ) -> ScoreMap:
+        """The scores of an image from its windows, of which some rows of pixels suffice at a time.
+
+        Each window is padded as an image of its own.
+
+        Args:
+            rows: of the image, (C, stop - start, W), 0..255, by ``start`` and ``stop``. It is asked
+                for a row of windows at a time; what is above one is not asked for again while the
+                scores are read from above, but for the first rows, twice.
+            size: (H, W) of the image, which is not resized.
+            out_size: (height, width) of the scores; default: ``size``.
+        """
+        sliding = self.sliding
+        out_size = size if out_size is None else out_size
         height, width = sliding.window_on(size)
         tops, lefts = sliding.starts(size)
-        windows = [
-            {"image": image[:, top : top + height, left : left + width]}
-            for top in tops
-            for left in lefts
-        ]
+        count = len(tops) * len(lefts)
+
+        def windows(first: int, stop: int) -> Iterator[dict]:
+            row, pixels = None, None
+            for number in range(first, stop):
+                i, j = divmod(number, len(lefts))
+                if i != row:
+                    row, pixels = i, rows(tops[i], tops[i] + height)
+                yield {"image": pixels[:, :, lefts[j] : lefts[j] + width]}
+
         covered = (height, width)
 
         def batches(first: int, stop: int) -> Iterator[list[Tensor]]:
             nonlocal covered
-            for start in range(first, stop, sliding.batch_size):
-                logits, padded = self._logits(
-                    windows[start : min(stop, start + sliding.batch_size)]
-                )
+            there = windows(first, stop)
+            while batch := list(itertools.islice(there, sliding.batch_size)):
+                logits, padded = self._logits(batch)
                 covered = covered if self.released else tuple(padded.tensor.shape[-2:])
                 yield list(logits.to("cpu" if sliding.accumulate_on_cpu else logits.device))
 
         parts: list[Tensor] = []
-        for batch in batches(0, len(windows)):
+        for batch in batches(0, count):
             parts += batch
-            if parts[0].nbytes * len(windows) > WINDOW_BYTES:
+            if parts[0].nbytes * count > WINDOW_BYTES:
                 break
         else:
-            return WindowedMap(sliding, parts, covered, size, _out_size(x))
+            return WindowedMap(sliding, parts, covered, size, out_size)
 
         def row_of_windows(i: int) -> list[Tensor]:
             return [x for batch in batches(i * len(lefts), (i + 1) * len(lefts)) for x in batch]
 
-        return WindowedMap(sliding, row_of_windows, covered, size, _out_size(x))
+        return WindowedMap(sliding, row_of_windows, covered, size, out_size)
 
 
 def _lay_out(module: nn.Module) -> None:

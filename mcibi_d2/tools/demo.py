@@ -6,8 +6,14 @@ python -m mcibi_d2.tools.demo --config-file configs/ade20k/mcibi_R50.yaml \\
 Of photo.jpg, the output folder gets photo.jpg, with its classes laid over it and a legend beside
 it; of film.avi, film.mp4. Folders in a folder stay folders; where two files differ in their endings
 alone, the second gets a number (photo_2.jpg).
+
+Images of more than 33 megapixels are drawn smaller, at most so large; label maps keep their size.
+With TEST.INFERENCE slide and INPUT.MIN_SIZE_TEST 0, PNG, TIFF and JPEG files of that size are read
+a row of windows at a time, in a bounded memory (pip install -e '.[large]'). INPUT.MAX_PIXELS 0 lets
+those of more than 179 megapixels in.
 """
 
+import math
 import mimetypes
 import shutil
 import sys
@@ -23,12 +29,15 @@ import numpy as np
 from tqdm import tqdm
 
 from mcibi_d2 import InputError
-from mcibi_d2.data import read_image
 from mcibi_d2.data.files import IMAGE_SUFFIXES, find_files
+from mcibi_d2.data.image_rows import ImageRows
 from mcibi_d2.engine import load_config
-from mcibi_d2.predict import MOST_PIXELS, Predictor
+from mcibi_d2.predict import LARGE_PIXELS, MOST_PIXELS, Predictor
 from mcibi_d2.tools.command import ToolParser, run_tool
 from mcibi_d2.visualization import with_legend, write_picture
+
+# Of a picture without its legend. JPEG has at most 65,535 pixels along a side.
+MOST_SIDE = 60_000
 
 
 class Clock:
@@ -123,16 +132,49 @@ class Demo:
         if not images:
             return
         with self.clock("model"):
-            found = self.predictor.predict(images)
+            if self.confidence:
+                found = self.predictor.predict(images)
+            else:
+                found = [(labels, None) for labels in self.predictor.labels(images)]
         for image, (labels, scores) in zip(images, found, strict=True):
             with self.clock("draw and write"):
-                picture = self.predictor.draw(image, labels, self.opacity)
-                picture = with_legend(picture, labels, self._names, self._colors, fixed_size)
-                confidence = np.nan_to_num(scores * 255).round().astype(np.uint8)
+                confidence = None if scores is None else _shades(scores)
+                picture = self._picture(image, labels, fixed_size)
             self.frames += 1
-            # PNG has no 32 bits.
-            labels = labels if labels.dtype == np.uint8 else labels.astype(np.uint16)
-            yield picture, labels, confidence
+            yield picture, _for_png(labels), confidence
+
+    def _picture(
+        self, image: np.ndarray | ImageRows, labels: np.ndarray, fixed_size: bool
+    ) -> np.ndarray:
+        """An image with its labels over it and their legend; a large one is reduced."""
+        factor, small = _reduction(labels.shape), labels
+        if factor > 1 and not fixed_size:
+            if not isinstance(image, ImageRows):
+                image = ImageRows.of(image)
+            image = image.reduced(factor)
+            height, width = image.shape[:2]
+            small = labels[factor // 2 :: factor, factor // 2 :: factor][:height, :width]
+        picture = self.predictor.draw(image, small, self.opacity)
+        return with_legend(picture, labels, self._names, self._colors, fixed_size)
+
+    def _segment_rows(self, image: ImageRows) -> tuple[np.ndarray, ...]:
+        """As :meth:`segment`, of an image that is read from its file by rows."""
+        labels = confidence = None
+        start = 0
+        with self.clock("model"):
+            for some, scores in self.predictor.bands(image):
+                some = _for_png(some)
+                if labels is None:
+                    labels = np.empty(image.size, dtype=some.dtype)
+                    confidence = np.empty(image.size, dtype=np.uint8) if self.confidence else None
+                labels[start : start + len(some)] = some
+                if confidence is not None:
+                    confidence[start : start + len(some)] = _shades(scores)
+                start += len(some)
+        with self.clock("draw and write"):
+            picture = self._picture(image, labels, fixed_size=False)
+        self.frames += 1
+        return picture, labels, confidence
 
     def _enough(self, images: Sequence[np.ndarray]) -> bool:
         """Whether there are enough images to be segmented together."""
@@ -152,14 +194,15 @@ class Demo:
         """Read an image file; it is segmented when there are enough, or by :meth:`flush`."""
         try:
             with self.clock("read"):
-                image = read_image(
-                    str(path),
-                    "BGR",
-                    white_level=self.predictor.white_level,
-                    max_pixels=self.predictor.max_pixels,
-                )
+                image = self.predictor.read(path)
+            if isinstance(image, ImageRows):
+                self.flush()
+                result = self._segment_rows(image)
         except InputError as error:
             self.problems.append(f"skipped {error}")
+            return
+        if isinstance(image, ImageRows):
+            self._write(name, *result)
             return
         self._waiting.append((name, image))
         if self._enough([image for _, image in self._waiting]):
@@ -169,13 +212,18 @@ class Demo:
         """Segment the image files that were read."""
         waiting, self._waiting = self._waiting, []
         results = self.segment([image for _, image in waiting], fixed_size=False)
-        for (name, _), (picture, labels, confidence) in zip(waiting, results, strict=True):
-            with self.clock("draw and write"):
-                self.write(f"{name}.jpg", picture)
-                if self.labels:
-                    self.write(f"{name}_labels.png", labels)
-                if self.confidence:
-                    self.write(f"{name}_confidence.png", confidence)
+        for (name, _), result in zip(waiting, results, strict=True):
+            self._write(name, *result)
+
+    def _write(
+        self, name: str, picture: np.ndarray, labels: np.ndarray, confidence: np.ndarray | None
+    ) -> None:
+        with self.clock("draw and write"):
+            self.write(f"{name}.jpg", picture)
+            if self.labels:
+                self.write(f"{name}_labels.png", labels)
+            if self.confidence:
+                self.write(f"{name}_confidence.png", confidence)
 
     def video(self, source: str | int, name: str, most: int) -> None:
         """Segment a video file or what a webcam sees, up to ``most`` frames (0: all).
@@ -249,6 +297,21 @@ class Demo:
             path.parent.mkdir(parents=True, exist_ok=True)
             writers[name] = VideoFile(path, rate, frame.shape[1::-1])
         writers[name].write(frame)
+
+
+def _shades(scores: np.ndarray) -> np.ndarray:
+    """Probabilities as 0..255."""
+    return np.nan_to_num(scores * 255).round().astype(np.uint8)
+
+
+def _for_png(labels: np.ndarray) -> np.ndarray:
+    """Labels of a type that PNG has: not 32 bits."""
+    return labels if labels.dtype == np.uint8 else labels.astype(np.uint16)
+
+
+def _reduction(size: tuple[int, int]) -> int:
+    """By what each side of an image is divided so that its picture can be drawn and written."""
+    return max(math.ceil(math.sqrt(size[0] * size[1] / LARGE_PIXELS)), -(-max(size) // MOST_SIDE))
 
 
 class Input(NamedTuple):

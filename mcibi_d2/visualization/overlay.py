@@ -74,8 +74,10 @@ def with_legend(
     height, width = picture.shape[:2]
     size = min(32, max(11, min(height, width) // 32))
     line, font = round(1.6 * size), _font(size)
-    counts = np.bincount(labels.ravel().astype(np.int64), minlength=len(class_names))
-    present = np.argsort(-counts[: len(class_names)], kind="stable")
+    counts = np.zeros(len(class_names), dtype=np.int64)
+    for some in np.array_split(labels, 1 + labels.size // 2**22):  # for they become eight bytes
+        counts += np.bincount(some.ravel(), minlength=len(counts))[: len(counts)]
+    present = np.argsort(-counts, kind="stable")
     present = [k for k in present.tolist() if counts[k]]
     lines = [
         (class_names[k], f"{100 * counts[k] / labels.size:.1f} %", tuple(colors[k]))
