@@ -289,8 +289,8 @@ def add_mcibi_config(cfg: CN) -> None:
 
     # --- Testing, beside Detectron2's keys.
     # whole: the network sees the image in one piece. slide: it sees windows of the image, whose
-    # logits are averaged where they overlap; of a large image, the logits of only a few rows of
-    # windows are in memory at a time.
+    # logits are averaged where they overlap; of a large image, only a few rows of windows and
+    # their logits are in memory at a time.
     cfg.TEST.INFERENCE = "whole"
     # True: test exactly as the authors' released code does, for the same numbers. Test images are
     # resized by OpenCV (bilinear between four pixels, however much they shrink), and so are the
