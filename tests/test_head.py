@@ -6,10 +6,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from detectron2.layers import ShapeSpec
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from mcibi_d2 import InputError
+from mcibi_d2.modeling import FeatureMemory, MCIBIHead
+from mcibi_d2.modeling.fusion import FUSIONS
+from mcibi_d2.modeling.losses import PixelLoss
+from mcibi_d2.modeling.memory import READERS, ConsistencyLoss
 
 SHAPES = {"res4": ShapeSpec(channels=10, stride=8), "res5": ShapeSpec(channels=20, stride=8)}
 
@@ -50,6 +55,43 @@ def test_baseline_is_plain_fcn():
     assert names == {"project", "classify", "aux"}
     _, losses = head(*make_input())
     assert set(losses) == {"loss_o", "loss_aux"}
+
+
+def test_is_made_of_parts_without_a_config():
+    head = MCIBIHead(
+        in_feature="res5",
+        num_classes=5,
+        project=nn.Conv2d(20, 16, 1),
+        memory=FeatureMemory(5, 16),
+        memory_loss=ConsistencyLoss(0.5),
+        coarse_classifier=nn.Conv2d(16, 5, 1),
+        reader=READERS["rows"](16, 8),
+        fuse=FUSIONS["add"](16, 1),
+        classifier=nn.Sequential(nn.Conv2d(16, 5, 1)),
+        pixel_loss=PixelLoss(),
+    )
+    features, targets = make_input()
+    _, losses = head(features, targets)
+    assert set(losses) == {"loss_o", "loss_w", "loss_m"}
+    head.memory.commit(0.5)
+    assert head.memory.initialized.all()
+    assert head.eval()(features)[0].shape == (2, 5, 9, 13)
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_describes_what_it_makes(enabled):
+    head = make_head(enabled=enabled, context="ocr").eval()
+    features, _ = make_input()
+    maps = head.describe(features)
+    assert torch.equal(head(features)[0], maps.logits)
+    last = head.h2 if enabled else head.classify
+    assert torch.equal(last(maps.augmented), maps.logits)
+    assert list(maps.aux) == ["res4"] and maps.losses == {}
+    if enabled:
+        assert torch.equal(head.project(features["res5"]), maps.pixels)
+        assert torch.equal(head.h1(maps.pixels), maps.coarse)
+    else:
+        assert maps.pixels is maps.coarse is None
 
 
 @pytest.mark.parametrize("enabled", [True, False])

@@ -119,3 +119,14 @@ def test_images_of_a_batch_are_padded_alike(model):
     torch.testing.assert_close(preprocessed.tensor[0, :, :65, :97], expected)
     assert not preprocessed.tensor[0, :, 65:].any()
     assert [r["sem_seg"].shape[1:] for r in model.eval()(batch)] == [(65, 97), (80, 64)]
+
+
+def test_targets_are_padded_as_the_images_are(model, monkeypatch):
+    monkeypatch.setattr(type(model.backbone), "size_divisibility", 32, raising=False)
+    sizes = (65, 97), (80, 64)
+    padded = model.pad_targets([torch.full(size, k) for k, size in enumerate(sizes)])
+    assert padded.shape == (2, 96, 128) == (2, *model.preprocess(images(*sizes)).tensor.shape[2:])
+    for k, (height, width) in enumerate(sizes):
+        assert (padded[k, :height, :width] == k).all()
+        assert (padded[k] == 255).sum() == 96 * 128 - height * width
+    assert model.eval().logits(torch.zeros(2, 3, 96, 128)).shape == (2, 16, 12, 16)
