@@ -10,7 +10,7 @@ class ContextModule(nn.Module):
     """Gathers context C_wi within an image: a feature map in, a map of ``channels`` out.
 
     Every module takes the same arguments, uses those that its paper needs, and gives the others to
-    this class, which knows no further ones:
+    this class, which knows no further ones (a module's own docstring has its own options alone):
 
     - ``in_channels``: of the backbone's last feature R;
     - ``channels``: of the result (512 in the papers);
