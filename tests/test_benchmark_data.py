@@ -41,7 +41,7 @@ def test_real_files_are_taken_where_they_are(tmp_path, monkeypatch):
 
 def test_plain_pipeline_makes_the_same_sizes(tmp_path):
     pipeline = data.PIPELINES["ade20k"]
-    cfg = data.load_config(str(data.CONFIGS / pipeline.config), ["INPUT.ROTATION_DEGREES", "30"])
+    cfg = data.load_config(pipeline.config, ["INPUT.ROTATION_DEGREES", "30"])
     np.random.seed(0)
     for record in data.make_files(tmp_path, pipeline, 150, 2):
         image = data.read_image(record["file_name"], "RGB")

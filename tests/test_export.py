@@ -56,7 +56,8 @@ def export(monkeypatch, output, weights, classes, form, *options):
     monkeypatch.setattr(sys, "argv", [
         "export_predictions", "--config-file", str(ROOT / "configs/scenes/mcibi_tiny.yaml"),
         "--format", form, "--dataset", NAME, "--output", str(output), "--opts", *CONFIG,
-        "MODEL.SEM_SEG_HEAD.NUM_CLASSES", str(classes), "MODEL.WEIGHTS", str(weights), *options,
+        "MODEL.SEM_SEG_HEAD.NUM_CLASSES", str(classes), "MODEL.WEIGHTS", str(weights),
+        "DATASETS.ALLOW_OTHER_CLASSES", "True", *options,
     ])  # fmt: skip
     export_predictions.main()
 

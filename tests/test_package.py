@@ -146,7 +146,7 @@ def test_the_wheel_is_whole(installed):
     here = {
         path.relative_to(ROOT).as_posix()
         for path in (ROOT / "mcibi_d2").rglob("*")
-        if path.is_file() and "__pycache__" not in path.parts
+        if path.is_file() and (path.suffix in (".py", ".json") or path.name == "py.typed")
     }
     assert "mcibi_d2/py.typed" in here
     assert files == here | {f"mcibi_d2/configs/{name}" for name in NAMES}
