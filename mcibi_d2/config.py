@@ -183,8 +183,8 @@ def add_mcibi_config(cfg: CN) -> None:
     # the norms after a vision transformer's blocks, which start untrained like the head.
     cfg.SOLVER.HEAD_LR_FACTOR = 1.0
     # With SOLVER.LR_SCHEDULER_NAME WarmupPolyLR, the learning rate is BASE_LR times
-    # (1 - iteration / MAX_ITER) ** POLY_LR_POWER. Detectron2's DefaultTrainer needs
-    # mcibi_d2.engine.build_lr_scheduler for it (mcibi_d2/README.md).
+    # (1 - iteration / MAX_ITER) ** POLY_LR_POWER. Detectron2's DefaultTrainer knows
+    # it once mcibi_d2.engine is imported.
     cfg.SOLVER.POLY_LR_POWER = 0.9
     # With WarmupPolyLR: the learning rate does not fall below this share of BASE_LR.
     cfg.SOLVER.POLY_LR_CONSTANT_ENDING = 0.0

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from mcibi_d2 import InputError
 from mcibi_d2.data import build_train_loader
-from mcibi_d2.engine import MemoryInitHook, MemoryUpdateHook, Trainer, build_lr_scheduler
+from mcibi_d2.engine import MemoryInitHook, MemoryUpdateHook, Trainer
 from mcibi_d2.engine.memory_hooks import poly_momentum
 from mcibi_d2.modeling import FeatureMemory
 
@@ -263,7 +263,6 @@ def other_trainer(tmp_path, kind, hooks_):
 
         class Other(DefaultTrainer):
             build_train_loader = staticmethod(build_train_loader)
-            build_lr_scheduler = staticmethod(build_lr_scheduler)
 
             def build_hooks(self):
                 return [*hooks_, *super().build_hooks()]

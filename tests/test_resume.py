@@ -1,5 +1,6 @@
 """Resuming with other settings: what can takes effect, and what cannot is named."""
 
+import copy
 import logging
 import re
 
@@ -7,7 +8,9 @@ import pytest
 import torch
 from conftest import make_tiny_cfg
 
+from mcibi_d2 import InputError
 from mcibi_d2.engine import Trainer
+from mcibi_d2.engine.trainer import KeepBest
 
 
 @pytest.fixture
@@ -81,6 +84,45 @@ def test_what_cannot_is_named_each_time(run, log, tmp_path):
         log.clear()
         trainer.train()
         (tmp_path / "last_checkpoint").write_text("model_0000003.pth")
+
+
+@pytest.mark.parametrize("update", ["zero", "random", "learned"])
+def test_rows_of_another_kind_are_refused(run, update):
+    with pytest.raises(InputError, match=rf"UPDATE is '{update}', the run has 'cosine'"):
+        run("MODEL.MCIBI.MEMORY.UPDATE", update)
+
+
+def _spoil(checkpoint, path, value):
+    *path, last = path.split("/")
+    for name in path:
+        checkpoint = checkpoint[name]
+    checkpoint[last] = value
+
+
+def test_a_spoilt_state_of_the_training_is_one_sentence(run, tmp_path):
+    path = tmp_path / "model_0000001.pth"
+    saved, trainer = torch.load(path, weights_only=True), run("DATASETS.TEST", "('scenes_val',)")
+    state = saved["trainer"]["_trainer"]["optimizer"]["state"]
+    for place, value in (
+        ("config", "hello"), ("config", "a: ["), ("config", "!!python/name:os.system"),
+        ("iteration", "x"), ("iteration", -5), ("seed", "x"), ("statistics", [1]),
+        ("_trainer/optimizer", {}), ("_trainer", None),
+        ("_trainer/optimizer/state", {k: {"momentum_buffer": torch.ones(3)} for k in state}),
+    ):  # fmt: skip
+        other = copy.deepcopy(saved)
+        _spoil(other["trainer"], place, value)
+        torch.save(other, path)
+        with pytest.raises(InputError, match=r"state of the training cannot be taken up \([^\n]*$"):
+            trainer.resume_or_load()
+    torch.save({"model": saved["model"]}, path)
+    with pytest.raises(InputError, match=r"model_0000001\.pth: holds a model alone"):
+        trainer.resume_or_load()
+    torch.save({**saved, "numbered": 5}, path)
+    (tmp_path / "model_best.json").write_text("{")
+    trainer.resume_or_load()
+    keep = next(hook for hook in trainer._hooks if isinstance(hook, KeepBest))
+    with pytest.raises(InputError, match=r"model_best\.json: cannot be read"):
+        keep.before_train()
 
 
 def test_other_groups_of_parameters_keep_their_momentum(run):

@@ -72,7 +72,7 @@ class Checkpointer(DetectionCheckpointer):
         self.class_names = list(class_names)
         self.allow_other_classes = allow_other_classes
         # What `load` was called with, for the steps in between.
-        self._path, self._strict = "", False
+        self._path, self._strict, self._resuming = "", False, False
 
     def save(self, name: str, *, tag: bool = True, **kwargs) -> None:
         """Write ``<save_dir>/<name>.pth``.
@@ -139,11 +139,16 @@ class Checkpointer(DetectionCheckpointer):
                     f"{self.save_dir}/last_checkpoint: names {os.path.basename(path)!r}, which is "
                     f"not there, expected the name of a checkpoint"
                 )
-            loaded = self.load(path, strict=True)
+            self._resuming = True
+            try:
+                loaded = self.load(path, strict=True)
+            finally:
+                self._resuming = False
             # A file may say what it likes, but not have others deleted.
+            numbered = loaded.get("numbered")
             self._numbered = [
                 name
-                for name in loaded.get("numbered", ())
+                for name in (numbered if isinstance(numbered, list) else ())
                 if isinstance(name, str) and _NUMBERED.fullmatch(name)
             ]
             return loaded
@@ -231,6 +236,12 @@ class Checkpointer(DetectionCheckpointer):
                 )
 
     def _load_model(self, checkpoint: dict):
+        for part in self.checkpointables if self._resuming else ():
+            if part not in checkpoint:
+                raise InputError(
+                    f"{self._path}: holds a model alone, which no training can go on from, "
+                    f"expected a checkpoint of a run (MODEL.WEIGHTS starts another from a model)"
+                )
         if not self.allow_other_classes:
             require_same(self.class_names, "this model", names_in(checkpoint), self._path)
         self._leave_other_memories(checkpoint["model"])

@@ -7,6 +7,7 @@ import yaml
 from detectron2.config import CfgNode
 
 from ..errors import InputError
+from ..modeling.memory import MOVING
 
 # What only the beginning of a run looks at, or what a checkpoint brings along.
 FIXED = (
@@ -17,6 +18,7 @@ FIXED = (
     "MODEL.MCIBI.MEMORY.INIT_MAX_IMAGES",
     "MODEL.MCIBI.MEMORY.INIT_PIXELS",
 )
+UPDATE = "MODEL.MCIBI.MEMORY.UPDATE"
 # Of one thing to the next, not of the run: a folder that was moved; what --resume itself sets.
 _UNIMPORTANT = ("OUTPUT_DIR", "MODEL.TIMM.PRETRAINED")
 
@@ -43,6 +45,9 @@ class RunConfig:
 
         Returns:
             The keys that are another and take effect, with what the run had.
+
+        Raises:
+            InputError: the rows of the memory would be made in another way.
         """
         before, now = _flatten(yaml.safe_load(text)), _flatten(self._values)
         differing = [
@@ -51,7 +56,12 @@ class RunConfig:
             if before[key] != now[key] and key not in _UNIMPORTANT
         ]
         logger = logging.getLogger(__name__)
-        lost = [key for key in differing if key in FIXED or _is_start_of_memory(key, before, now)]
+        if UPDATE in differing and not {before[UPDATE], now[UPDATE]} <= set(MOVING):
+            raise InputError(
+                f"{UPDATE} is {now[UPDATE]!r}, the run has {before[UPDATE]!r}, whose rows are made "
+                f"at the beginning, expected the same to go on with it"
+            )
+        lost = [key for key in differing if key in FIXED]
         taken = [key for key in differing if key not in lost]
         if taken:
             described = ", ".join(f"{key} {now[key]!r} (was {before[key]!r})" for key in taken)
@@ -71,11 +81,6 @@ class RunConfig:
                 node = node[name]
             node[last] = before[key]
         return {key: before[key] for key in taken}
-
-
-def _is_start_of_memory(key: str, before: dict, now: dict) -> bool:
-    """Whether it is an update whose rows are made, once, at the beginning."""
-    return key == "MODEL.MCIBI.MEMORY.UPDATE" and not {before[key], now[key]} <= {"cosine", "mean"}
 
 
 def _flatten(node: dict, prefix: str = "") -> dict[str, object]:

@@ -2,6 +2,7 @@
 
 import torch
 from detectron2.config import CfgNode
+from detectron2.engine import defaults
 from detectron2.solver import LRMultiplier, WarmupParamScheduler
 from detectron2.solver import build_lr_scheduler as build_detectron2s
 from fvcore.common.param_scheduler import ParamScheduler
@@ -31,11 +32,7 @@ class PolyParamScheduler(ParamScheduler):
 def build_lr_scheduler(cfg: CfgNode, optimizer: torch.optim.Optimizer) -> LRMultiplier:
     """``WarmupPolyLR`` as the paper, or any schedule of Detectron2 (``SOLVER.LR_SCHEDULER_NAME``).
 
-    Detectron2's own function knows no other names than its own, and cannot be told of more. In a
-    ``DefaultTrainer`` this one takes its place::
-
-        class MyTrainer(DefaultTrainer):
-            build_lr_scheduler = staticmethod(mcibi_d2.engine.build_lr_scheduler)
+    Detectron2's ``DefaultTrainer`` has it from here, too, once this package is imported.
     """
     solver = cfg.SOLVER
     if solver.LR_SCHEDULER_NAME != POLY:
@@ -48,3 +45,7 @@ def build_lr_scheduler(cfg: CfgNode, optimizer: torch.optim.Optimizer) -> LRMult
         solver.WARMUP_METHOD,
     )
     return LRMultiplier(optimizer, multiplier=warmup, max_iter=solver.MAX_ITER)
+
+
+# Detectron2's own knows no other names than its own, and cannot be told of more.
+defaults.build_lr_scheduler = build_lr_scheduler

@@ -269,7 +269,23 @@ class Trainer(DefaultTrainer):
         number of processes, goes on after as many images. Learning rates, their schedule, momentum
         and weight decay are those of this run's config from here on; what cannot take effect
         (:data:`~.resume.FIXED`) is named in the log.
+
+        Raises:
+            InputError: it is not the state of a training, or not of this one.
         """
+        try:
+            self._load_state_dict(state_dict)
+        except InputError:
+            raise
+        except Exception as error:
+            # Whatever comes of a file in which another program has written.
+            raise InputError(
+                f"the checkpoint's state of the training cannot be taken up "
+                f"({type(error).__name__}: {' '.join(str(error).split())[:120]}), expected that of "
+                f"a checkpoint which this project has written"
+            ) from error
+
+    def _load_state_dict(self, state_dict: dict) -> None:
         groups = self.optimizer.param_groups
         own = [{k: v for k, v in group.items() if k not in ("params", "lr")} for group in groups]
         rates = [group["initial_lr"] for group in groups]
@@ -282,13 +298,20 @@ class Trainer(DefaultTrainer):
         except ValueError as error:
             raise InputError(
                 f"the checkpoint's optimiser is not this one: {error} (another "
-                f"SOLVER.HEAD_LR_FACTOR, BIAS_LR_FACTOR or WEIGHT_DECAY_NORM than the run had?)"
+                f"SOLVER.HEAD_LR_FACTOR, BIAS_LR_FACTOR or WEIGHT_DECAY_NORM, or another "
+                f"MODEL.BACKBONE.FREEZE_AT than the run had?)"
             ) from error
         for group, settings in zip(self.optimizer.param_groups, own, strict=True):
             group.update(settings)
         if isinstance(self.scheduler, LRMultiplier) and self.iter < self.max_iter:
             self._continue_schedule(rates, self.iter + 1)
-        self.seed = state_dict.get("seed", self.seed)
+        for param, state in self.optimizer.state.items():
+            for name, value in state.items():
+                if torch.is_tensor(value) and value.shape not in ((), param.shape):
+                    raise ValueError(f"{name} of shape {tuple(value.shape)}")
+        if self.iter < 0:
+            raise ValueError(f"iteration {self.iter}")
+        self.seed = int(state_dict.get("seed", self.seed))
         self._evaluation_is_due = state_dict.get("evaluation_is_due", False)
         statistics = state_dict.get("statistics") or ()
         if len(statistics) == comm.get_world_size():
@@ -489,8 +512,14 @@ class KeepBest(HookBase):
     def before_train(self) -> None:
         """Read the best value so far, if this run goes on."""
         if self.trainer.start_iter > 0 and os.path.isfile(self._record):
-            with open(self._record, encoding="utf-8") as file:
-                self.best = json.load(file)["value"]
+            try:
+                with open(self._record, encoding="utf-8") as file:
+                    self.best = float(json.load(file)["value"])
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                raise InputError(
+                    f"{self._record}: cannot be read ({type(error).__name__}: {error}), expected "
+                    f"the value of model_best.pth; without the file, the next one is the best"
+                ) from error
 
     def after_step(self) -> None:
         """Look at the evaluation of this iteration, if there was one."""
