@@ -188,7 +188,12 @@ def test_onnx_says_what_it_needs(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("form", "precision"), [("onnx", "float16"), ("torchscript", "bfloat16"), ("pt2", "bfloat16")]
+    ("form", "precision"),
+    [
+        ("onnx", "float16"),
+        ("torchscript", "bfloat16"),
+        pytest.param("pt2", "bfloat16", marks=pytest.mark.slow),
+    ],
 )
 def test_in_half_precision(tmp_path, monkeypatch, capsys, small_check, form, precision):
     if form == "onnx":

@@ -457,7 +457,10 @@ def _uneven_parts(rank, world_size, folder, batches, slots):
     torch.save(memory.state_dict(), f"{folder}/{world_size}-{rank}.pth")
 
 
-@pytest.mark.parametrize("world_size, slots", [(2, 1), (3, 1), (4, 1), (3, 2)])
+@pytest.mark.parametrize(
+    "world_size, slots",
+    [(2, 1), pytest.param(4, 1, marks=pytest.mark.slow), (3, 2)],
+)
 def test_processes_make_one_memory(tmp_path, world_size, slots):
     generator = torch.Generator().manual_seed(0)
     batches = []

@@ -150,7 +150,11 @@ def _draw(rank, world_size, folder, init, slots):
 
 @pytest.mark.parametrize(
     "world_size, init, slots",
-    [(2, "random_pixel", 1), (3, "random_pixel", 2), (3, "clustering", 2)],
+    [
+        (2, "random_pixel", 1),
+        pytest.param(3, "random_pixel", 2, marks=pytest.mark.slow),
+        (3, "clustering", 2),
+    ],
 )
 def test_draw_is_the_same_on_every_number_of_processes(tmp_path, world_size, init, slots):
     if init == "clustering":

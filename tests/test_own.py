@@ -214,6 +214,7 @@ def test_ignore_can_be_said(tmp_path, argv, capsys):
 # --- to training and evaluation
 
 
+@pytest.mark.slow  # test_package.py does it, but for two processes
 def test_tool_to_training_to_edited_config_to_training(tmp_path, argv):
     write_images(tmp_path / "images")
     write_labels(tmp_path / "labels", [RED, GREEN, BORDER])

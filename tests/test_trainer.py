@@ -271,6 +271,7 @@ def call(*args, **kwargs):
     )
 
 
+@pytest.mark.slow  # test_stop.py stops runs in mid iteration, too
 def test_killed_in_mid_iteration_and_resumed_equals_unbroken(tmp_path):
     options = ["SOLVER.MAX_ITER", "12", "SOLVER.CHECKPOINT_PERIOD", "4"]
     environment = {**os.environ, "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"}
