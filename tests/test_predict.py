@@ -227,7 +227,7 @@ def test_what_is_no_config_is_one_sentence():
         Predictor(get_cfg(), batch_size=0)
 
 
-def tiff(path, bands, extra, dtype=np.uint8):
+def tiff(path, bands, extra, dtype=np.uint8, planar=1):
     """A TIFF as remote sensing writes it, by hand: Pillow cannot."""
     height, width = 6, 7
     values = np.arange(height * width * bands).reshape(height, width, bands) % 251
@@ -239,8 +239,9 @@ def tiff(path, bands, extra, dtype=np.uint8):
         tags.append((338, 3, bands - 3, extra))
     bits = 8 + len(data)
     tags.append((258, 3, bands, bits if bands > 2 else 8 | 8 << 16))
+    tags.append((284, 3, 1, planar))
     tags.sort()
-    body = data + struct.pack(f"<{bands}H", *[8] * bands)
+    body = data + struct.pack(f"<{bands}H", *[8 * values.astype(dtype).itemsize] * bands)
     entries = b"".join(struct.pack("<HHII", *tag) for tag in tags)
     head = struct.pack("<2sHI", b"II", 42, 8 + len(body))
     path.write_bytes(head + body + struct.pack("<H", len(tags)) + entries + b"\0" * 4)
@@ -252,6 +253,15 @@ def test_a_fourth_band_is_not_alpha(tmp_path, bands, extra):
     path, _ = tiff(tmp_path / "bands.tif", bands, extra)
     with pytest.raises(InputError, match=rf"bands\.tif: .*it has {bands} bands.*ExtraSamples"):
         read_image(path, "RGB")
+
+
+def test_bands_of_16_bits_one_after_the_other_are_refused(tmp_path):
+    path, values = tiff(tmp_path / "bands.tif", 3, None, np.uint16)
+    assert (read_image(path, "RGB", white_level=255) == values).all()
+    tiff(tmp_path / "bands.tif", 3, None, np.uint16, planar=2)
+    for level in (0, 255):
+        with pytest.raises(InputError, match=r"bands\.tif: .*bands of 16 bits, one after the ot"):
+            read_image(path, "RGB", white_level=level)
 
 
 @pytest.mark.parametrize("extra", [1, 2])

@@ -39,6 +39,7 @@ TURNS = {
 # Of TIFF: tags, bands by PhotometricInterpretation, and the ExtraSamples that are alpha.
 _WIDTH, _LENGTH = 256, 257
 _PHOTOMETRIC, _SAMPLES_PER_PIXEL, _EXTRA_SAMPLES = 262, 277, 338
+_BITS_PER_SAMPLE, _PLANAR = 258, 284
 _COLOR_BANDS = {0: 1, 1: 1, 2: 3, 3: 1, 5: 4, 6: 3, 8: 3}
 _ALPHA = ((1,), (2,))
 
@@ -146,11 +147,18 @@ def upright_image(
 
 
 def check_bands(image: Image.Image) -> None:
-    """Of a TIFF, what is beyond its colours is alpha, which its tags say."""
+    """Of a TIFF, what Pillow would take for colours or alpha though it is not."""
     tags = getattr(image, "tag_v2", {})
     samples = tags.get(_SAMPLES_PER_PIXEL, 1)
     extra = samples - _COLOR_BANDS.get(tags.get(_PHOTOMETRIC), samples)
     kinds = tuple(tags.get(_EXTRA_SAMPLES, ()))
+    bits = int(np.max(tags.get(_BITS_PER_SAMPLE, 8)))
+    if samples > 1 and tags.get(_PLANAR) == 2 and bits > 8:
+        raise ValueError(
+            f"it has bands of {bits} bits, one after the other, which Pillow and OpenCV mix up, "
+            f"expected the bands of each pixel together; `gdal_translate -co INTERLEAVE=PIXEL` "
+            f"stores them so"
+        )
     if extra > 0 and not (extra == 1 and kinds in _ALPHA):
         raise ValueError(
             f"it has {samples} bands, and the TIFF does not say that the last {extra} are alpha "
