@@ -24,6 +24,7 @@ from .engine import Checkpointer, Trainer
 from .engine.checkpoint import check_weights_exist
 from .engine.class_names import check_data_sets, class_names
 from .engine.config_check import check_config, check_values, merge_file
+from .engine.inference import prepare_inference
 from .engine.setup import without_download
 from .errors import InputError
 from .modeling.resize import best_class, label_type
@@ -42,7 +43,7 @@ _EXPECTED = "(H, W, 3) uint8 in the order BGR"
 
 
 def load_model(cfg: CfgNode, names: Sequence[str] | None = None) -> nn.Module:
-    """The model of a config with its weights, in evaluation mode.
+    """The model of a config with its weights, ready for inference, see ``prepare_inference``.
 
     Args:
         cfg: of the model.
@@ -62,7 +63,7 @@ def load_model(cfg: CfgNode, names: Sequence[str] | None = None) -> nn.Module:
         allow_other_classes=cfg.DATASETS.ALLOW_OTHER_CLASSES,
     )
     checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=False, strict=True)
-    return model.eval()
+    return prepare_inference(cfg, model)
 
 
 class Prediction(NamedTuple):

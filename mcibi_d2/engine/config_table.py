@@ -21,6 +21,7 @@ from ..modeling.memory import BATCH_NORMS, READERS, UPDATES
 from ..modeling.necks import NECKS
 from ..modeling.norms import NORMS as HEAD_NORMS
 from ..modeling.segmentor import INFERENCES
+from ..modeling.segmentor import PRECISIONS as TEST_PRECISIONS
 from ..modeling.sliding import WEIGHTS as WINDOW_WEIGHTS
 from .memory_hooks import SCHEDULES as MOMENTUM_SCHEDULES
 from .memory_init import INITS
@@ -530,6 +531,8 @@ TABLE: dict[str, Rule] = dict(
                 "PRECISE_BN.ENABLED": _switch,
                 "PRECISE_BN.NUM_ITER": Whole(1, _ITERATIONS),
                 "INFERENCE": Choice(INFERENCES),
+                "FOLD_BATCH_NORM": _switch,
+                "PRECISION": Choice(TEST_PRECISIONS),
                 "RELEASED": _switch,
                 "SLIDE.WINDOW": _size,
                 "SLIDE.STRIDE": _size,

@@ -28,6 +28,7 @@ from .batch_norm_hook import AverageStatisticsHook, gather_statistics, set_stati
 from .checkpoint import Checkpointer, replacing
 from .class_names import class_names
 from .config_check import check_metadata, check_values
+from .inference import inference_copy
 from .memory_hooks import MemoryUpdateHook, find_bases, find_memories
 from .memory_init import MemoryInitHook
 from .picture_hook import PictureHook
@@ -426,12 +427,14 @@ class Trainer(DefaultTrainer):
         """Evaluate on ``DATASETS.TEST``; see ``DefaultTrainer.test``.
 
         A model that can gives labels instead of logits to :class:`SemSegEvaluator`, which is
-        faster. Other evaluators get logits.
+        faster. Other evaluators get logits. What is evaluated is a copy of the model as
+        ``TEST.FOLD_BATCH_NORM`` and ``TEST.PRECISION`` say; the model itself is not changed.
         """
         if evaluators is None:
             evaluators = [cls.build_evaluator(cfg, name) for name in cfg.DATASETS.TEST]
         elif isinstance(evaluators, DatasetEvaluator):
             evaluators = [evaluators]
+        model = inference_copy(cfg, model)
         with contextlib.ExitStack() as stack:
             if all(isinstance(evaluator, SemSegEvaluator) for evaluator in evaluators):
                 stack.enter_context(labels_only(model))
@@ -454,7 +457,9 @@ class Trainer(DefaultTrainer):
         evaluators = [
             cls.build_evaluator(cfg, name, output_folder=folder) for name in cfg.DATASETS.TEST
         ]
-        results = cls.test(cfg, SemanticSegmentorWithTTA(cfg, model), evaluators)
+        results = cls.test(
+            cfg, SemanticSegmentorWithTTA(cfg, inference_copy(cfg, model)), evaluators
+        )
         return OrderedDict({f"{key}_TTA": value for key, value in results.items()})
 
     def _evaluate_with_tta(self) -> OrderedDict:

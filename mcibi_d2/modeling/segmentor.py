@@ -25,6 +25,8 @@ from .sliding import SlidingWindow, WindowedMap
 
 # How a test image is taken: in one piece, or in windows.
 INFERENCES = ("whole", "slide")
+# What the network computes in at test time.
+PRECISIONS = ("float32", "bfloat16", "float16")
 
 # The logits of more windows are not there together, but made row by row when they are needed.
 WINDOW_BYTES = 256 * 2**20
@@ -114,6 +116,20 @@ class MCIBISegmentor(nn.Module):
         """Where the model is."""
         return self.pixel_mean.device
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the network computes in: the type of its weights."""
+        return next((p.dtype for p in self.parameters()), self.pixel_mean.dtype)
+
+    def to_precision(self, dtype: torch.dtype) -> "MCIBISegmentor":
+        """Cast the network for inference, in place, as ``to(dtype)`` does, but keep what images are
+        normalised with in float32: 123.675 is 123.5 in bfloat16.
+        """
+        mean, std = self.pixel_mean, self.pixel_std
+        self.to(dtype)
+        self.pixel_mean, self.pixel_std = mean, std
+        return self
+
     def preprocess(self, batched_inputs: list[dict]) -> ImageList:
         """Normalise the images and pad them to one size (and the backbone's divisibility)."""
         images = [x["image"].to(self.device, non_blocking=True) for x in batched_inputs]
@@ -130,7 +146,7 @@ class MCIBISegmentor(nn.Module):
         """
         dtype = torch.promote_types(self.pixel_mean.dtype, torch.float32)
         normalized = (image.to(dtype) - self.pixel_mean.to(dtype)) / self.pixel_std.to(dtype)
-        return normalized.to(self.pixel_mean.dtype)
+        return normalized.to(self.dtype)
 
     def pad_targets(self, targets: list[Tensor]) -> Tensor:
         """Labels (H_i, W_i) of images, (N, H, W) at the size that :meth:`preprocess` pads these to.

@@ -72,7 +72,7 @@ class ImagesToLogits(nn.Module):
             images = images.flip(1)
         if self.normalize:
             images = model.normalize(images)
-        images = images.to(model.pixel_mean.dtype)
+        images = images.to(model.dtype)
         height, width = images.shape[-2:]
         unit = model.backbone.size_divisibility
         if unit > 1:
@@ -104,6 +104,7 @@ def make_config(args: argparse.Namespace) -> CfgNode:
             f"(or window) in one piece"
         )
     cfg.DATASETS.TEST = ()
+    cfg.TEST.PRECISION = args.precision
     cfg.freeze()
     check_config(cfg, train=False)
     return cfg
@@ -283,7 +284,7 @@ def check(
     Raises:
         InputError: it is more than :data:`PRECISIONS` has, or the file does not run.
     """
-    tolerance = PRECISIONS[str(model.pixel_mean.dtype).removeprefix("torch.")]
+    tolerance = PRECISIONS[str(model.dtype).removeprefix("torch.")]
     generator = torch.Generator().manual_seed(0)
     largest = 0.0
     for height, width in CHECKED_SIZES:
@@ -396,7 +397,7 @@ def main() -> None:
         raise InputError(
             f"MODEL.META_ARCHITECTURE is {cfg.MODEL.META_ARCHITECTURE}, expected MCIBISegmentor"
         )
-    model = load_model(cfg).to(getattr(torch, args.precision))
+    model = load_model(cfg)
     print(f"Exporting as {args.format}, and comparing with the model:", flush=True)
     export(cfg, model, args.format, args.preprocessing, args.output)
     version = f"opset {OPSET}" if args.format == "onnx" else f"torch {torch.__version__}"
