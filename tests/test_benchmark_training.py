@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from mcibi_d2 import InputError
-from mcibi_d2.tools.benchmark import training
+from mcibi_d2.tools.benchmark import inference, training
 from mcibi_d2.tools.benchmark.__main__ import make_parser
 from mcibi_d2.tools.benchmark.measure import take_turns
 
@@ -70,3 +70,35 @@ def test_the_command_measures(part, monkeypatch, capsys):
     sides = results["sides"] if part == "loss" else results["steps"][0]["sides"]
     assert all(side["seconds"] > 0 for side in sides.values())
     assert "faster by" in capsys.readouterr().out
+
+
+def test_both_networks_segment_an_image():
+    options = ["MODEL.TIMM.NAME", "resnet18"]
+    for precision, folded in (("float32", False), ("bfloat16", True)):
+        ours = inference.make_ours((64, 96), 5, options, "cpu", precision, folded)
+        assert ours() == (64, 96)
+
+
+def test_the_released_network_segments_an_image():
+    pytest.importorskip("ssseg", reason="the extra `parity` is not installed: no reference")
+    assert inference.make_released((64, 96), 5, [], "cpu")() == (64, 96)
+
+
+def test_impossible_images_are_refused():
+    args = make_parser().parse_args(["inference", "--size", "16", "64"])
+    with pytest.raises(InputError, match=r"--size is \(16, 64\), expected at least 32 pixels"):
+        args.run(args)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("released", [False, True])
+def test_images_are_measured(released, monkeypatch, capsys):
+    if released:
+        pytest.importorskip("ssseg", reason="the extra `parity` is not installed: no reference")
+    monkeypatch.setattr(inference, "has_released", lambda: released)
+    arguments = ["inference", "--size", "64", "96", "--classes", "5", "--rounds", "1"]
+    args = make_parser().parse_args(arguments)
+    results = args.run(args)
+    assert len(results["sides"]) == 3
+    assert all(len(x["all_seconds"]) == 1 and x["seconds"] > 0 for x in results["sides"].values())
+    assert "ours, bfloat16" in capsys.readouterr().out

@@ -5,14 +5,14 @@ import json
 from pathlib import Path
 
 from ..command import ToolParser, run_tool
-from . import data, evaluation, export, method, predict, training
+from . import data, evaluation, export, inference, method, predict, training
 
 
 def make_parser() -> ToolParser:
     """The command line."""
     parser = ToolParser("benchmark", __doc__)
     commands = parser.add_subparsers(dest="part", required=True)
-    modules = (method, training, data, evaluation, export, predict)
+    modules = (method, training, inference, data, evaluation, export, predict)
     parts = [m.add_commands(commands) for m in modules]
     for part in itertools.chain(*parts):
         part.add_argument("--json", metavar="FILE", help="write the JSON there, not to the output")

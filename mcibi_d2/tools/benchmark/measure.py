@@ -116,7 +116,7 @@ class Measured:
     """What was found of one of several sides.
 
     Attributes:
-        seconds: of each call, without the first.
+        seconds: of each call that was timed.
         peak_mib: the largest extra memory; None where it cannot be told.
         result: of the last call.
     """
@@ -132,7 +132,12 @@ class Measured:
 
 
 def take_turns(
-    sides: dict[str, Callable], args: tuple, device: str, repeats: int, whole: bool = False
+    sides: dict[str, Callable],
+    args: tuple,
+    device: str,
+    repeats: int,
+    whole: bool = False,
+    first: bool = True,
 ) -> dict[str, Measured]:
     """Measure several sides in turn, each in a process of its own.
 
@@ -141,8 +146,9 @@ def take_turns(
             what it returns can be sent to another process.
         args: sizes and the like.
         device: to run on.
-        repeats: calls that are timed, after one that is not.
+        repeats: calls that are timed.
         whole: count what is made before the calls (a model) as well, not the calls alone.
+        first: make one more call before these, which is not timed.
     """
     context = multiprocessing.get_context("spawn")
     pipes, processes = {}, []
@@ -153,8 +159,10 @@ def take_turns(
             processes.append(context.Process(target=_serve, args=arguments, daemon=True))
             processes[-1].start()
             other.close()  # so that it is noticed here when the process ends
+        for name in pipes:
+            pipes[name].recv()  # it is ready, and takes no time from the others
         answers = {name: [] for name in sides}
-        for _ in range(repeats + 1):
+        for _ in range(repeats + first):
             for name, pipe in pipes.items():
                 pipe.send(None)
                 answers[name].append(pipe.recv())
@@ -168,7 +176,7 @@ def take_turns(
     for name, calls in answers.items():
         seconds, peaks, results = zip(*calls, strict=True)
         peak = None if None in peaks else max(peaks)
-        found[name] = Measured(list(seconds[1:]), peak, results[-1])
+        found[name] = Measured(list(seconds[first:]), peak, results[-1])
     return found
 
 
@@ -179,6 +187,8 @@ def _serve(pipe, make: Callable, args: tuple, device: str, threads: int, whole: 
     call = make(*args, device)
     if not whole:
         before = _start_peak(device)
+    wait(device)
+    pipe.send(None)
     while True:
         try:
             pipe.recv()

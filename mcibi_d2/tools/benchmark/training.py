@@ -127,11 +127,11 @@ def benchmark_loss(args: argparse.Namespace) -> dict:
     results = {
         **_about(args),
         "case": f"{args.batch} x {args.classes} x {grid} x {grid} -> {args.size} x {args.size}",
-        "sides": _as_data(found, "F.cross_entropy"),
+        "sides": as_data(found, "F.cross_entropy"),
         "loss_difference": abs(loss - exact),
         "gradient_difference": float(abs(gradient - of_exact).max() / abs(of_exact).max()),
     }
-    _print_sides(results, f"loss and gradient, {results['case']}", "ms", 1e3, ".0f")
+    print_sides(results, f"loss and gradient, {results['case']}", "ms", 1e3, ".0f")
     print(
         f"\nours and F.cross_entropy: losses {results['loss_difference']:.1e} apart, gradients "
         f"{results['gradient_difference']:.1e} of the largest value.\n"
@@ -220,8 +220,13 @@ def make_released_step(
     return step
 
 
-def released_config(classes: int) -> dict:
-    """FCN-R50 + MCIBI with the losses and the update that ours has, for the released code."""
+def released_config(classes: int, aspp: bool = False) -> dict:
+    """FCN-R50 + MCIBI with the losses and the update that ours has, for the released code.
+
+    Args:
+        classes: their number.
+        aspp: DeepLabV3 in place of FCN.
+    """
     loss = {"type": "CrossEntropyLoss", "ignore_index": IGNORED, "reduction": "mean"}
     return {
         "type": "MCIBI",
@@ -240,7 +245,11 @@ def released_config(classes: int) -> dict:
         },
         "head": {
             "downsample_backbone": {"kernel_size": 3, "stride": 1, "padding": 1, "bias": False},
-            "context_within_image": {"is_on": False, "type": "aspp", "cfg": {}},
+            "context_within_image": {
+                "is_on": aspp,
+                "type": "aspp",
+                "cfg": {"dilations": [1, 12, 24, 36]},
+            },
             "use_hard_aggregate": False,
             "in_channels": 2048,
             "feats_channels": 512,
@@ -287,8 +296,8 @@ def benchmark_step(args: argparse.Namespace) -> dict:
         sides = {"ours": make_our_step, other: make}
         found = take_turns(sides, case, args.device, args.repeats, whole=True)
         title = f"step, {args.batch} x {args.size} x {args.size}, K = {args.classes}, {precision}"
-        results["steps"].append({"case": title, "sides": _as_data(found, other)})
-        _print_sides(results["steps"][-1], title, "s", 1, ".2f")
+        results["steps"].append({"case": title, "sides": as_data(found, other)})
+        print_sides(results["steps"][-1], title, "s", 1, ".2f")
         print()
     return results
 
@@ -313,7 +322,8 @@ def _about(args: argparse.Namespace) -> dict:
     }
 
 
-def _as_data(found: dict, reference: str) -> dict:
+def as_data(found: dict, reference: str) -> dict:
+    """What was found of each side as plain data, compared with one of them."""
     base = found[reference]
     return {
         name: {
@@ -329,7 +339,16 @@ def _as_data(found: dict, reference: str) -> dict:
     }
 
 
-def _print_sides(results: dict, title: str, unit: str, factor: float, form: str) -> None:
+def print_sides(results: dict, title: str, unit: str, factor: float, form: str) -> None:
+    """The table of the sides in ``results``.
+
+    Args:
+        results: with what :func:`as_data` gives as ``sides``.
+        title: of the first column.
+        unit: of the times.
+        factor: of it in a second.
+        form: of the times' figures.
+    """
     rows = [
         [
             name,
