@@ -166,7 +166,7 @@ def evaluates_to(monkeypatch, *values):
 
 def test_best_is_kept_over_resuming(tmp_path, monkeypatch, three_scenes):
     options = [*three_scenes, "TEST.EVAL_PERIOD", "2", "SOLVER.CHECKPOINT_PERIOD", "2"]
-    evaluates_to(monkeypatch, 10.0, 50.0, 11.0, 60.0)
+    evaluates_to(monkeypatch, 10.0, 50.0, 11.0, 60.0, 20.0)
     Trainer(make_tiny_cfg(tmp_path, *options)).train()
 
     def best():
@@ -181,6 +181,13 @@ def test_best_is_kept_over_resuming(tmp_path, monkeypatch, three_scenes):
     assert trainer.start_iter == 4
     trainer.train()
     assert best()[0] == 60.0
+    # On other images it is another number.
+    (tmp_path / "last_checkpoint").write_text("model_0000005.pth")
+    other = ["DATASETS.TEST", "('scenes_val',)", "TEST.EVAL_PERIOD", "0", "SOLVER.MAX_ITER", "7"]
+    trainer = Trainer(make_tiny_cfg(tmp_path, *options, *other))
+    trainer.resume_or_load(resume=True)
+    trainer.train()
+    assert best()[0] == 20.0
 
 
 def test_error_in_the_last_iterations_keeps_nothing(tmp_path, monkeypatch, three_scenes):

@@ -389,7 +389,7 @@ class Trainer(DefaultTrainer):
             if len(cfg.DATASETS.TEST) > 1:
                 metric = f"{cfg.DATASETS.TEST[0]}/{metric}"
             # Between the evaluation and the writers.
-            built.insert(-1, KeepBest(self.checkpointer, metric))
+            built.insert(-1, KeepBest(self.checkpointer, metric, cfg.DATASETS.TEST[0]))
             if cfg.TEST.VIS_IMAGES:
                 built.insert(-1, PictureHook(cfg))
         return built
@@ -506,11 +506,13 @@ class KeepBest(HookBase):
     Args:
         checkpointer: that writes.
         metric: name in the event storage.
+        dataset: that it is of. The value of another one is nothing to beat.
     """
 
-    def __init__(self, checkpointer: Checkpointer, metric: str):
+    def __init__(self, checkpointer: Checkpointer, metric: str, dataset: str):
         self.checkpointer = checkpointer
         self.metric = metric
+        self.dataset = dataset
         self.best = -math.inf
         self._record = os.path.join(checkpointer.save_dir, "model_best.json")
 
@@ -519,8 +521,16 @@ class KeepBest(HookBase):
         if self.trainer.start_iter > 0 and os.path.isfile(self._record):
             try:
                 with open(self._record, encoding="utf-8") as file:
-                    self.best = float(json.load(file)["value"])
-            except (OSError, ValueError, KeyError, TypeError) as error:
+                    record = json.load(file)
+                before = record.get("dataset", self.dataset)
+                if before == self.dataset:
+                    self.best = float(record["value"])
+                else:
+                    logging.getLogger(__name__).warning(
+                        f"model_best.pth is the best on {before}, which is no longer the first of "
+                        f"DATASETS.TEST: the next evaluation, on {self.dataset}, replaces it."
+                    )
+            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
                 raise InputError(
                     f"{self._record}: cannot be read ({type(error).__name__}: {error}), expected "
                     f"the value of model_best.pth; without the file, the next one is the best"
@@ -542,7 +552,9 @@ class KeepBest(HookBase):
             return
         self.best = value
         self.checkpointer.save("model_best", tag=False)
-        record = {"metric": self.metric, "value": value, "iteration": iteration}
+        record = {
+            "metric": self.metric, "value": value, "iteration": iteration, "dataset": self.dataset
+        }  # fmt: skip
         with replacing(self._record) as file:
             file.write(json.dumps(record).encode())
         logging.getLogger(__name__).info(f"Best {self.metric} so far: {value:.4f}")
