@@ -198,7 +198,7 @@ def test_documents_code_runs(installed):
     _, run = installed
     texts = [(ROOT / folder / "README.md").read_text() for folder in ("", "mcibi_d2")]
     found = [re.findall(r"```python\n(.*?)```", text, re.DOTALL) for text in texts]
-    assert [len(blocks) for blocks in found] == [2, 1]
+    assert [len(blocks) for blocks in found] == [3, 1]
     blocks = sum(found, [])
     # One process for all: importing torch takes longer than they do.
     code = "".join(
