@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import math
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -277,26 +278,31 @@ class MCIBISegmentor(nn.Module):
 
         covered = (height, width)
 
-        def batches(first: int, stop: int) -> Iterator[list[Tensor]]:
+        def collect(first: int, stop: int, most_bytes: float = math.inf) -> list[Tensor] | None:
+            """The logits of some windows; None if they have more bytes."""
             nonlocal covered
-            there = windows(first, stop)
+            there, done, logits = windows(first, stop), 0, None
             while batch := list(itertools.islice(there, sliding.batch_size)):
-                logits, padded = self._logits(batch)
+                found, padded = self._logits(batch)
                 covered = covered if self.released else tuple(padded.tensor.shape[-2:])
-                yield list(logits.to("cpu" if sliding.accumulate_on_cpu else logits.device))
+                if logits is None:
+                    if found[0].nbytes * (stop - first) > most_bytes:
+                        return None
+                    # In one place: kept one by one they would take that of freed pixels, each a
+                    # little of it, and memory would grow as if the pixels were kept.
+                    device = "cpu" if sliding.accumulate_on_cpu else found.device
+                    logits = found.new_empty((stop - first, *found.shape[1:]), device=device)
+                logits[done : done + len(found)] = found
+                done += len(found)
+            return list(logits)
 
-        parts: list[Tensor] = []
-        for batch in batches(0, count):
-            parts += batch
-            if parts[0].nbytes * count > WINDOW_BYTES:
-                break
-        else:
-            return WindowedMap(sliding, parts, covered, size, out_size)
+        logits = collect(0, count, WINDOW_BYTES)
+        if logits is None:
 
-        def row_of_windows(i: int) -> list[Tensor]:
-            return [x for batch in batches(i * len(lefts), (i + 1) * len(lefts)) for x in batch]
+            def logits(i: int) -> list[Tensor]:
+                return collect(i * len(lefts), (i + 1) * len(lefts))
 
-        return WindowedMap(sliding, row_of_windows, covered, size, out_size)
+        return WindowedMap(sliding, logits, covered, size, out_size)
 
 
 def _lay_out(module: nn.Module) -> None:
