@@ -350,3 +350,15 @@ def test_windows_that_are_too_many_are_not_there_together(monkeypatch, sliding, 
     assert most[0] <= (overlapping * len(lefts) + 2 * first) * window
     if len(tops) > 2 * overlapping:
         assert most[0] < 0.7 * len(tops) * len(lefts) * window
+
+
+@pytest.mark.parametrize("most", [0, 2**28])
+def test_logits_of_windows_are_kept_in_one_tensor(monkeypatch, most):
+    """One by one they would lie between freed pixels, whose place could not be used again."""
+    monkeypatch.setattr("mcibi_d2.modeling.segmentor.WINDOW_BYTES", most)
+    model, outputs = make(SlidingWindow((20, 32), (13, 20))), weakref.WeakSet()
+    model.sem_seg_head.register_forward_hook(lambda *x: outputs.add(x[2][0].untyped_storage()))
+    with torch.no_grad():
+        (scores,) = model.score_maps([image()])
+        assert len(outputs) == 0
+        assert scores.labels().shape == (45, 70)
