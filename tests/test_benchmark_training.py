@@ -35,14 +35,22 @@ def test_a_side_that_dies_is_named():
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_steps_of_both_sides_and_of_the_literal_loss_train(precision):
+def test_steps_of_both_sides_and_of_the_literal_loss_train(precision, monkeypatch):
+    plain = []
+    monkeypatch.setattr(
+        training,
+        "plain_cross_entropy",
+        lambda *args, function=training.plain_cross_entropy: plain.append(1) or function(*args),
+    )
     ours = training.make_our_step(2, 5, 64, precision, [], "cpu")
     literal = training.make_literal_step(2, 5, 64, precision, [], "cpu")
     torch.manual_seed(1)
     first = ours()
+    assert not plain
     torch.manual_seed(1)
     # From the same weights and random numbers, by either loss.
     assert literal() == pytest.approx(first, rel=1e-4)
+    assert len(plain) == 3  # H1, H2 and the auxiliary head
     assert ours() != first
 
 

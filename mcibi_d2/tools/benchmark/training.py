@@ -23,7 +23,7 @@ from mcibi_d2 import InputError
 from mcibi_d2.engine import Trainer, load_config
 from mcibi_d2.engine.setup import without_download
 from mcibi_d2.model_zoo import get_config_file
-from mcibi_d2.modeling.losses import hard_pixels_cross_entropy, resized_cross_entropy
+from mcibi_d2.modeling.losses import PixelLoss, hard_pixels_cross_entropy, resized_cross_entropy
 
 from .measure import shown, take_turns
 
@@ -142,6 +142,11 @@ def benchmark_loss(args: argparse.Namespace) -> dict:
 # --- The step.
 
 
+class _PlainLoss(PixelLoss):
+    def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
+        return plain_cross_entropy(logits.float(), targets)
+
+
 def _images(batch: int, size: int) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     return torch.randint(0, 256, (batch, 3, size, size), generator=generator)
@@ -163,7 +168,7 @@ def make_our_step(
         torch.randn(head.memory.rows.shape).relu(), torch.ones_like(head.memory.initialized)
     )
     if plain:
-        head._pixel_loss = lambda logits, targets: plain_cross_entropy(logits.float(), targets)
+        head.pixel_loss = _PlainLoss()
     labels = make_labels(batch, classes, size)
     inputs = [
         {"image": image, "sem_seg": label}
