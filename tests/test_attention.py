@@ -1,11 +1,12 @@
 import gc
 
 import literal
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mcibi_d2.modeling import Attention
+from mcibi_d2.modeling import Attention, attention
 from mcibi_d2.modeling.memory import READERS
 
 
@@ -21,6 +22,24 @@ def test_equals_the_written_out_softmax(batch, height, width, training):
     )
     expected = attention.out(refined.transpose(1, 2).reshape(batch, 8, height, width))
     torch.testing.assert_close(attention(pixels, context), expected)
+
+
+@pytest.mark.parametrize("depth, masked", [(8, False), (4, True), (8, "each")])
+def test_bands_of_queries_are_the_whole_attention(monkeypatch, depth, masked):
+    monkeypatch.setattr(attention, "_BAND", 3)
+    query, key = torch.randn(2, 2, depth, 13).bfloat16()
+    value = torch.randn(2, 8, 13).bfloat16()
+    mask = torch.randn(2, 1, 13 if masked == "each" else 1, 13).bfloat16() if masked else None
+    kernel = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", None)
+    by_bands = attention.attend(query, key, value, mask=mask)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", kernel)
+    exact = mask if mask is None else mask.float()
+    expected = attention.attend(query.float(), key.float(), value.float(), mask=exact)
+    torch.testing.assert_close(by_bands.float(), expected, atol=0.03, rtol=0.03)
+    # Where a gradient is wanted, the kernel that has one is taken.
+    attention.attend(query.requires_grad_(), key, value).sum().backward()
+    assert query.grad.isfinite().all()
 
 
 def test_layers_are_those_of_the_paper():

@@ -99,7 +99,7 @@ def test_memory_loss_starts_at_its_iteration(tmp_path):
     losses = []
     head = trainer.model.sem_seg_head
     head.register_forward_hook(
-        lambda *args: losses.append(args[-1][1]["loss_m"].item()) if head.training else None
+        lambda *args: losses.append(args[-1][1]["loss_m"].item()) if args[0].training else None
     )
     trainer.train()
     assert [loss > 0 for loss in losses] == [False, False, True, True]

@@ -21,7 +21,7 @@ TAKE_KEYS = {
     "features", "memory", "quickstart",
 }  # fmt: skip
 # Parts of the benchmark whose config is always the same one.
-PARTS = {"step"}
+PARTS = {"step", "inference"}
 DOCUMENTS = [
     *ROOT.glob("*.md"), *ROOT.glob("configs/**/*.md"), *ROOT.glob("datasets/*.md"),
     *ROOT.glob("mcibi_d2/**/*.md"), *ROOT.glob("mcibi_d2/tools/**/*.py"), ROOT / "train_net.py",

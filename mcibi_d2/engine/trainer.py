@@ -434,7 +434,8 @@ class Trainer(DefaultTrainer):
             evaluators = [cls.build_evaluator(cfg, name) for name in cfg.DATASETS.TEST]
         elif isinstance(evaluators, DatasetEvaluator):
             evaluators = [evaluators]
-        model = inference_copy(cfg, model)
+        if cfg.DATASETS.TEST:
+            model = inference_copy(cfg, model)
         with contextlib.ExitStack() as stack:
             if all(isinstance(evaluator, SemSegEvaluator) for evaluator in evaluators):
                 stack.enter_context(labels_only(model))

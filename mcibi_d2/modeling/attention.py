@@ -1,9 +1,13 @@
 """Attention between positions, and the block that refines a map by the pixels (Eq. 13-14)."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .blocks import NormFactory, conv_norm_relu
+
+# Queries whose scores are there together, where attention goes by bands.
+_BAND = 256
 
 
 def attend(
@@ -36,8 +40,34 @@ def attend(
     query, key, value = (x.transpose(1, 2).contiguous() for x in (query, key, value))
     query, key = (x[:, None].expand(-1, heads, -1, -1) for x in (query, key))
     value = value.unflatten(2, (heads, -1)).transpose(1, 2)
-    attended = F.scaled_dot_product_attention(query, key, value, mask, scale=scale)
+    if _by_bands(query, key, value):
+        attended = _attend_by_bands(query, key, value, mask, scale)
+    else:
+        attended = F.scaled_dot_product_attention(query, key, value, mask, scale=scale)
     return attended.transpose(2, 3).flatten(1, 2)
+
+
+def _by_bands(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether torch's kernel is slow: in bfloat16 on a CPU it is no faster than in float32."""
+    learns = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
+    recorded = torch.jit.is_tracing() or torch.compiler.is_compiling()
+    on_cpu = query.device.type == "cpu" and query.dtype == torch.bfloat16
+    return on_cpu and not learns and not recorded and query.shape[2] >= 4 * _BAND
+
+
+def _attend_by_bands(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None
+) -> Tensor:
+    """``F.scaled_dot_product_attention`` of (N, heads, P, D), for some queries at a time."""
+    query = query * (scale or query.shape[-1] ** -0.5)
+    attended = query.new_empty(*query.shape[:-1], value.shape[-1])
+    for start in range(0, query.shape[2], _BAND):
+        band = slice(start, start + _BAND)
+        scores = query[:, :, band] @ key.transpose(-2, -1)
+        if mask is not None:
+            scores += mask[:, :, band] if mask.shape[2] > 1 else mask
+        attended[:, :, band] = scores.softmax(dim=-1) @ value
+    return attended
 
 
 def key_layers(channels: int, depth: int, norm: NormFactory) -> nn.Sequential:
