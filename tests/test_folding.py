@@ -276,3 +276,20 @@ def test_images_are_normalised_in_float32(tmp_path):
     expected = (image - model.pixel_mean) / model.pixel_std
     assert model.pixel_mean.dtype == torch.float32
     torch.testing.assert_close(found[0], expected.bfloat16())
+
+
+def test_depthwise_convolutions_stay_in_float32(tmp_path):
+    cfg = make_tiny_cfg(
+        "unused", "MODEL.TIMM.NAME", "mobilenetv2_050", "MODEL.TIMM.OUTPUT_STRIDE", "16"
+    )
+    model = Trainer.build_model(cfg).eval()
+    convolutions = [m for m in model.modules() if isinstance(m, torch.nn.Conv2d)]
+    depthwise = [m for m in convolutions if m.groups > 1]
+    assert len(depthwise) == 17
+    model.to_precision(torch.bfloat16)
+    assert all(m.weight.dtype == torch.float32 for m in depthwise)
+    others = [m for m in convolutions if m.groups == 1]
+    assert all(m.weight.dtype == torch.bfloat16 for m in others) and model.dtype == torch.bfloat16
+    with torch.no_grad():
+        result = model([{"image": torch.zeros(3, 64, 64, dtype=torch.uint8)}])
+    assert result[0]["sem_seg"].dtype == torch.float32

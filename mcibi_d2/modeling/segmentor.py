@@ -123,11 +123,26 @@ class MCIBISegmentor(nn.Module):
         return next((p.dtype for p in self.parameters()), self.pixel_mean.dtype)
 
     def to_precision(self, dtype: torch.dtype) -> "MCIBISegmentor":
-        """Cast the network for inference, in place, as ``to(dtype)`` does, but keep what images are
-        normalised with in float32: 123.675 is 123.5 in bfloat16.
+        """Cast the network for inference, in place, as ``to(dtype)`` does, but for two things.
+
+        What images are normalised with stays in float32: 123.675 is 123.5 in bfloat16. So do
+        depthwise convolutions, whose few weights do not average their rounding: half of the labels
+        that bfloat16 changes on CamVid with MobileNetV2 are theirs.
         """
         mean, std = self.pixel_mean, self.pixel_std
+        depthwise = [
+            (parent, name, layer)
+            for parent in self.modules()
+            for name, layer in parent.named_children()
+            if isinstance(layer, nn.Conv2d) and 1 < layer.groups == layer.in_channels
+        ]
+        if dtype == torch.float32:
+            return self.to(dtype)
+        for parent, name, _ in depthwise:
+            setattr(parent, name, nn.Identity())
         self.to(dtype)
+        for parent, name, layer in depthwise:
+            setattr(parent, name, _InFloat32(layer))
         self.pixel_mean, self.pixel_std = mean, std
         return self
 
@@ -303,6 +318,17 @@ class MCIBISegmentor(nn.Module):
                 return collect(i * len(lefts), (i + 1) * len(lefts))
 
         return WindowedMap(sliding, logits, covered, size, out_size)
+
+
+class _InFloat32(nn.Module):
+    """A layer that computes in float32 in a network of another type."""
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x.float()).to(x.dtype)
 
 
 def _lay_out(module: nn.Module) -> None:
