@@ -126,9 +126,10 @@ class MCIBISegmentor(nn.Module):
         """Cast the network for inference, in place, as ``to(dtype)`` does, but for two things.
 
         What images are normalised with stays in float32: 123.675 is 123.5 in bfloat16. So do
-        depthwise convolutions, whose few weights do not average their rounding: half of the labels
-        that bfloat16 changes on CamVid with MobileNetV2 are theirs.
+        depthwise convolutions, whose few weights do not average their rounding.
         """
+        if dtype == torch.float32:
+            return self.to(dtype)
         mean, std = self.pixel_mean, self.pixel_std
         depthwise = [
             (parent, name, layer)
@@ -136,8 +137,6 @@ class MCIBISegmentor(nn.Module):
             for name, layer in parent.named_children()
             if isinstance(layer, nn.Conv2d) and 1 < layer.groups == layer.in_channels
         ]
-        if dtype == torch.float32:
-            return self.to(dtype)
         for parent, name, _ in depthwise:
             setattr(parent, name, nn.Identity())
         self.to(dtype)
